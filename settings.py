@@ -1,0 +1,93 @@
+"""The environment: read once, checked at the start, handed down from `app`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+CHECKOUT = Path(__file__).resolve().parent
+
+
+def _absolute(path: Path) -> Path:
+    """A path as the service uses it: `~` means home, a relative one starts at the checkout."""
+    return (CHECKOUT / path.expanduser()).resolve()
+
+
+def _http_url(url: str) -> str:
+    """An http(s) address without its trailing slash. Raises ValueError for anything else."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("write it as http://host:port")
+    return url.rstrip("/")
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+class Settings(BaseSettings):
+    """All that the environment, or a `.env` beside the code, may say. Times are in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_file=CHECKOUT / ".env", env_ignore_empty=True, extra="ignore", frozen=True, validate_default=True
+    )
+
+    db_path: AbsolutePath = Path("clawdbot_adapter.db")
+    data_dir: AbsolutePath | None = None
+    projects_dir: AbsolutePath | None = None
+    clawdbot_base_url: HttpUrl = "http://localhost:18789"
+    clawdbot_token: SecretStr = SecretStr("")
+    clawdbot_timeout: float = Field(1800, gt=0, le=172_800)
+    public_base_url: HttpUrl | None = None
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ("*",)
+    jwt_secret: SecretStr | None = Field(None, min_length=32)
+    token_ttl: int = Field(7 * 86_400, ge=60, le=366 * 86_400)
+    signup: SecretStr = SecretStr("open")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    ping_seconds: float = Field(10, gt=0, le=15)
+    drain_seconds: float = Field(8, ge=0, le=3600)
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        origins = tuple(origin.strip().rstrip("/") for origin in value.split(",") if origin.strip())
+        for origin in origins:
+            if origin != "*" and (_http_url(origin) != origin or urlsplit(origin).path):
+                raise ValueError("write * or a comma-separated list of http://host:port")
+        return origins or ("*",)
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @property
+    def data(self) -> Path:
+        """Where images and the generated secret lie: beside the database unless `DATA_DIR` says otherwise."""
+        return self.data_dir or self.db_path.parent
+
+    @property
+    def projects(self) -> Path:
+        """Where the project folders lie."""
+        return self.projects_dir or self.data / "projects"
+
+    @property
+    def images(self) -> Path:
+        """Where the pictures of messages lie."""
+        return self.data / "images"
+
+
+def load() -> Settings:
+    """The settings of this process. Raises SystemExit with one line that names each wrong variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{str(item['loc'][0]).upper()}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_input=False)
+        )
+        raise SystemExit(f"clawd-backend cannot start, wrong setting: {wrong}") from None
