@@ -1,0 +1,274 @@
+"""What a picture is: recognised by its bytes, limited, stored by its content, shown through a signed URL."""
+
+import base64
+import hashlib
+import hmac
+import io
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import pillow_heif
+
+import errors
+import file_utils
+
+MAX_IMAGES = 8  # the contract's limits, which are OpenClaw's too (docs/gateway/openai-http-api.md)
+MAX_BYTES = 10 * 1024 * 1024
+MAX_TOTAL = 20 * 1024 * 1024
+MAX_PIXELS = 64 * 1024 * 1024  # of one frame: some 300 MB in memory
+MAX_FRAMES_PIXELS = 16 * MAX_PIXELS  # of all frames, which nobody decodes at once
+MAX_SCANS = 100  # a JPEG has some 10; each costs a walk over all pixels, and 20 bytes are enough for one
+
+_MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png", "gif": "image/gif", "webp": "image/webp"}
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "HEIF": "jpg"}
+_ANIMATED = ("PNG", "GIF", "WEBP")
+_SIGNATURES = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "HEIF": re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL),
+}
+_DATA_URL = re.compile(r"\s*data:[^,]{0,255};\s*base64\s*,", re.IGNORECASE)
+_WEB_URL = re.compile(r"\s*https?:", re.IGNORECASE)
+_SESSION_KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_FILE = re.compile(rf"{_SESSION_KEY.pattern}/[0-9a-f]{{64}}\.(jpg|png|gif|webp)")
+_DAY = 86_400  # seconds
+
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture that every browser shows: its bytes, their media type, their SHA-256 in hex."""
+
+    data: bytes
+    media_type: str
+    digest: str
+
+    @property
+    def extension(self) -> str:
+        """`jpg`, `png`, `gif` or `webp`."""
+        return next(ext for ext, media_type in _MEDIA_TYPES.items() if media_type == self.media_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """An image that is safely on disk and belongs to no message yet."""
+
+    image: Image
+    path: Path
+
+    def discard(self) -> None:
+        """Removes the file; nothing happens once it has been published."""
+        file_utils.remove_tree(self.path)
+
+
+def decode(sources: Sequence[str]) -> list[Image]:
+    """The images of a message, out of base64 with or without a `data:` prefix, whose label is not believed.
+
+    JPEG, PNG, GIF and WebP keep their bytes; HEIC becomes JPEG. Raises errors.TooLarge (`image_too_large`),
+    errors.Unsupported (`unsupported_image`: another type), errors.Invalid (`invalid_image`: does not decode).
+    """
+    count = len(sources)
+    if count > MAX_IMAGES:
+        raise _too_large(f"A message takes at most {MAX_IMAGES} images, not {count}: send the rest in another one")
+    labels = [f"Image {number} of {count}" if count > 1 else "The image" for number in range(1, count + 1)]
+    pictures = [_bytes(source, label) for source, label in zip(sources, labels, strict=True)]
+    total = sum(map(len, pictures))
+    if total > MAX_TOTAL:
+        raise _too_large("The images of a message may have 20 MB together: send some of them in another one")
+    return [
+        _image(data, label, budget=min(MAX_BYTES, len(data) * MAX_TOTAL // total))
+        for data, label in zip(pictures, labels, strict=True)
+    ]
+
+
+def content_part(image: Image) -> dict[str, object]:
+    """The image as OpenClaw takes it (docs/gateway/openai-http-api.md)."""
+    url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+class ImageStore:
+    """The pictures on disk, as `<session_key>/<sha256>.<extension>` below a root, and the URLs that show them."""
+
+    def __init__(self, root: Path, secret: bytes) -> None:
+        self._root = root
+        self._incoming = root / "incoming"
+        self._key = hmac.digest(secret, b"image-url", "sha256")
+
+    def stage(self, images: Sequence[Image]) -> list[Staged]:
+        """Writes images to disk, all or none, before there is a message to hold them. Raises errors.Unavailable."""
+        staged: list[Staged] = []
+        try:
+            for image in images:
+                staged.append(Staged(image, self._incoming / secrets.token_hex(16)))
+                file_utils.write_atomic(staged[-1].path, image.data, 0o600)
+        except errors.AppError:
+            for one in staged:
+                one.discard()
+            raise
+        return staged
+
+    def publish(self, session_key: str, staged: Sequence[Staged]) -> list[str]:
+        """Renames staged images into a session's folder; their names, as `read` takes them, in the same order.
+
+        Raises errors.Unavailable, and ValueError for what is no session key.
+        """
+        if not _SESSION_KEY.fullmatch(session_key):
+            raise ValueError("a session key is a lower-case UUID")
+        files = [f"{session_key}/{one.image.digest}.{one.image.extension}" for one in staged]
+        for one, file in zip(staged, files, strict=True):
+            file_utils.move(one.path, self._root / file)
+        return files
+
+    def read(self, file: str) -> tuple[bytes, str]:
+        """An image's bytes and media type. Raises errors.NotFound (`image_not_found`)."""
+        if not _FILE.fullmatch(file):
+            raise _not_found()
+        try:
+            data = file_utils.read_file(self._root, file, MAX_BYTES)
+        except errors.NotFound as error:
+            raise _not_found() from error
+        return data, _MEDIA_TYPES[file.rpartition(".")[2]]
+
+    def remove_session(self, session_key: str) -> None:
+        """Removes all images of a session, if it has any. Raises errors.Unavailable when something remains."""
+        if _SESSION_KEY.fullmatch(session_key):
+            file_utils.remove_tree(self._root / session_key)
+
+    def sweep(self, older_than: float) -> None:
+        """Removes staged images that are older than so many seconds: a crash left them."""
+        if self._incoming.exists():
+            for path in self._incoming.iterdir():
+                if path.stat().st_mtime < time.time() - older_than:
+                    file_utils.remove_tree(path)
+
+    def sign(self, image_id: int, file: str, now: float) -> str:
+        """The path and query under which a browser loads an image for the next 24 to 48 hours.
+
+        `now` is in Unix seconds. The URL stays the same until midnight UTC, so that browsers keep the picture.
+        """
+        extension = file.rpartition(".")[2]
+        expires = str((int(now) // _DAY + 2) * _DAY)
+        signature = self._signature(image_id, extension, expires)
+        return f"/images/{image_id}.{extension}?expires={expires}&signature={signature}"
+
+    def verify(self, image_id: int, extension: str, expires: str | int, signature: str, now: float) -> None:
+        """Returns if `sign` made this URL and it has not expired. Raises errors.NotFound (`image_not_found`)."""
+        expected = self._signature(image_id, extension, str(expires))
+        if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
+            raise _not_found()
+        if int(expires) <= now:
+            raise _not_found()
+
+    def _signature(self, image_id: int, extension: str, expires: str) -> str:
+        message = f"{image_id}.{extension}?expires={expires}".encode(errors="replace")
+        return hmac.digest(self._key, message, "sha256").hex()[:32]  # 128 bits
+
+
+def _too_large(message: str) -> errors.TooLarge:
+    return errors.TooLarge(f"{message}.", code="image_too_large")
+
+
+def _invalid(message: str) -> errors.Invalid:
+    return errors.Invalid(f"{message}.", code="invalid_image")
+
+
+def _not_found() -> errors.NotFound:
+    message = "There is no such image, or its link has expired: load the messages again for a new one."
+    return errors.NotFound(message, code="image_not_found")
+
+
+def _bytes(source: str, label: str) -> bytes:
+    """What base64 stands for, in either alphabet, with or without line breaks and padding."""
+    if _WEB_URL.match(source):
+        raise _invalid(f"{label} is a link, which is not followed: send the bytes of the picture as base64")
+    if len(source) > MAX_BYTES * 3 // 2:  # base64 makes 4 of 3, line breaks up to 4.2
+        raise _too_large(f"{label} is over 10 MB: send a smaller one")
+    prefix = _DATA_URL.match(source)
+    text = "".join(source[prefix.end() if prefix else 0 :].split()).translate({ord("-"): "+", ord("_"): "/"})
+    bare = text.rstrip("=")
+    padded = bare + "=" * (-len(bare) % 4)
+    if len(bare) * 3 // 4 > MAX_BYTES:
+        raise _too_large(f"{label} is over 10 MB: send a smaller one")
+    if not bare or text not in (bare, padded):
+        raise _invalid(f"{label} is not base64: send the bytes of the picture as base64")
+    try:
+        return base64.b64decode(padded, validate=True)
+    except ValueError as error:
+        raise _invalid(f"{label} is not base64: send the bytes of the picture as base64") from error
+
+
+def _image(data: bytes, label: str, budget: int) -> Image:
+    kind = next((kind for kind, signature in _SIGNATURES.items() if signature.match(data)), None)
+    if kind is None:
+        message = f"{label} is not of a type that is taken: send JPEG, PNG, GIF, WebP or HEIC."
+        raise errors.Unsupported(message, code="unsupported_image")
+    with _judged(label):
+        with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:
+            _check_size(picture, kind, data, label)
+            picture.verify()
+        with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:  # `verify` leaves nothing to decode
+            picture.load()
+            data = _jpeg(picture, budget) if kind == "HEIF" else data
+    return Image(data, _MEDIA_TYPES[_EXTENSIONS[kind]], hashlib.sha256(data).hexdigest())
+
+
+@contextmanager
+def _judged(label: str) -> Iterator[None]:
+    try:
+        yield
+    except errors.AppError:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(label) from error
+    except Exception as error:  # a decoder that is fed hostile bytes raises whatever it likes
+        raise _invalid(f"{label} is damaged and does not open: save it again and send that") from error
+
+
+def _too_many_pixels(label: str) -> errors.TooLarge:
+    return _too_large(f"{label} has over 64 megapixels, or too many frames: send a smaller one")
+
+
+def _check_size(picture: PIL.Image.Image, kind: str, data: bytes, label: str) -> None:
+    """Refuses, by its header, what is small in bytes and huge once decoded."""
+    pixels = picture.width * picture.height
+    frames = int(getattr(picture, "n_frames", 1)) if kind in _ANIMATED else 1
+    if pixels > MAX_PIXELS or pixels * frames > MAX_FRAMES_PIXELS:
+        raise _too_many_pixels(label)
+    if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise _invalid(f"{label} is not a JPEG as cameras and programs make them: save it again and send that")
+
+
+def _jpeg(picture: PIL.Image.Image, budget: int) -> bytes:
+    """The picture, which pillow_heif has turned upright, as JPEG of at most `budget` bytes.
+
+    HEIC is half as big as JPEG: what the client may send must be what OpenClaw takes. 1,024 pixels a side stay.
+    """
+    picture = picture.convert("L" if picture.mode in ("L", "LA") else "RGB")
+    profile = picture.info.get("icc_profile")
+    for quality in (90, 75, 60):
+        data = _saved(picture, quality, profile)
+        if len(data) <= budget:
+            return data
+    while len(data) > budget and max(picture.size) > 2048:
+        picture = picture.reduce(2)
+        data = _saved(picture, 60, profile)
+    return data
+
+
+def _saved(picture: PIL.Image.Image, quality: int, profile: bytes | None) -> bytes:
+    output = io.BytesIO()
+    picture.save(output, "JPEG", quality=quality, icc_profile=profile)
+    return output.getvalue()
