@@ -1,0 +1,522 @@
+"""Turns: what becomes of a message once it is sent, whoever listens.
+
+A turn is a task of the process, not of a request. It reads the gateway into memory, for the readers here, and
+into its row, which is the truth: another process follows the row. What deletes leave to be done outside the
+database is seen to here as well, by the same lease that tells the living from the dead.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Annotated, NamedTuple, cast
+from weakref import WeakValueDictionary
+
+from fastapi import Depends, Request
+
+import database
+import errors
+import file_utils
+import gateway
+import image_handler
+from database import Database, Errand, Reply, Status
+from settings import Settings
+
+log = logging.getLogger("clawd.turns")
+
+STORE_EVERY = 0.2  # seconds from a text's arrival to its writing; contract: stored within 250 ms
+WATCH_EVERY = 0.1  # seconds between looks at what other processes did
+TEND_EVERY = 3.0  # seconds between looks for what the dead left; contract: within 15 s
+STOP_WITHIN = 3.0  # seconds that a stop waits for the end of a turn, in whichever process
+LABEL_LENGTH = 60  # characters of a label taken from the first message
+RETRY_AFTER = 0.3  # seconds before the one retry of a refused connection
+ERRAND_AT_MOST = 30  # seconds between two tries of an errand
+FINAL = frozenset({"complete", "stopped", "interrupted", "failed", "empty"})
+
+
+class Said(NamedTuple):
+    """What a user says: text and pictures."""
+
+    text: str
+    images: Sequence[image_handler.Image]
+
+    def digest(self) -> str:
+        """Stands for what is said: the same message sent again has the same digest."""
+        parts = [self.text, *(image.digest for image in self.images)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def label(self) -> str:
+        """Its opening words, for a session that has no label."""
+        words = " ".join(self.text.split())
+        return words if len(words) <= LABEL_LENGTH else words[:LABEL_LENGTH].rsplit(" ", 1)[0] + "…"
+
+
+class Outcome(NamedTuple):
+    """How a turn ended."""
+
+    status: Status
+    usage: dict[str, int] | None = None
+    error: dict[str, object] | None = None
+
+
+def _failed(error: errors.AppError) -> Outcome:
+    retryable = isinstance(error, errors.GatewayError) and error.retryable
+    status: Status = "interrupted" if isinstance(error, errors.Interrupted) else "failed"
+    return Outcome(status, error={"code": error.name, "message": error.message, "retryable": retryable})
+
+
+def _interrupted() -> Outcome:
+    return _failed(
+        errors.Interrupted(
+            "The service stopped while the reply was on its way; what came until then is kept. Send the message again.",
+            retryable=True,
+        )
+    )
+
+
+class LiveReply:
+    """A reply as the readers in this process see it, fed by the turn that runs here or from its row.
+
+    Offsets and lengths are in characters (Unicode code points).
+    """
+
+    def __init__(self, row: Reply) -> None:
+        self.id = row.id
+        self.message_id = row.message_id
+        self.session_id = row.session_id
+        self.created_at = row.created_at
+        self.status: Status = row.status
+        self.usage = row.usage
+        self.error = row.error
+        self.run_id: str | None = None
+        self.length = 0
+        self._parts: list[str] = []
+        self._ends: list[int] = []
+        self._waiting: list[asyncio.Future[None]] = []
+        self.append(row.content)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.status in FINAL
+
+    def append(self, text: str) -> None:
+        """Adds text and wakes the readers."""
+        if text:
+            self.length += len(text)
+            self._parts.append(text)
+            self._ends.append(self.length)
+            self.wake()
+
+    def text(self, after: int = 0, limit: int | None = None) -> str:
+        """The text from offset `after` on, at most about `limit` characters of it."""
+        at = bisect_right(self._ends, after)
+        if at == len(self._parts):
+            return ""
+        start = self._ends[at] - len(self._parts[at])
+        until = at + 1
+        while until < len(self._parts) and (limit is None or self._ends[until] - after <= limit):
+            until += 1
+        text = "".join(self._parts[at:until])[after - start :]
+        return text if limit is None else text[:limit]
+
+    def follow(self, row: Reply | None) -> None:
+        """Takes over what the row says; a row that is gone was deleted with its session."""
+        if row is None:
+            self.end("stopped", None, None)
+            return
+        self.append(row.content[self.length :])
+        if row.status != self.status:
+            self.end(row.status, row.usage, row.error)
+
+    def end(self, status: Status, usage: str | None, error: str | None) -> None:
+        """Sets the status, usage and error (JSON, as stored) and wakes the readers."""
+        self.status, self.usage, self.error = status, usage, error
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets everybody look again."""
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            _resolve(waiter)
+
+    async def change(self, seconds: float) -> None:
+        """Returns at the next change, or after so many seconds."""
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        timer = loop.call_later(seconds, _resolve, waiter)
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+
+    async def finished(self) -> None:
+        """Returns once nothing will change any more."""
+        while not self.is_final:
+            await self.change(60)
+
+
+def _resolve(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A turn that this process sees through."""
+
+    reply: LiveReply
+    work: "asyncio.Task[Outcome]"  # what a stop cancels
+    stored: tuple[int, str | None]  # characters and run id in the row
+    ending: Outcome | None = None  # what the work was cancelled for
+
+
+class Turns:
+    """The turns of one process, and what they have in common with those of others on the same database."""
+
+    def __init__(
+        self, db: Database, openclaw: gateway.Gateway, images: image_handler.ImageStore, settings: Settings
+    ) -> None:
+        self._db = db
+        self._gateway = openclaw
+        self._images = images
+        self._projects = settings.projects
+        self._drain_seconds = settings.drain_seconds
+        self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
+        self._running: dict[int, _Running] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._seen = -1
+        self.draining = False
+
+    @property
+    def owner(self) -> str:
+        """This process's name as a worker."""
+        return self._db.lease.name
+
+    # --- the life of the engine ---
+
+    def open(self) -> None:
+        """Starts what goes on beside the requests: storing, watching, tending."""
+        self._beside = [
+            asyncio.create_task(_again(STORE_EVERY, self._store_texts)),
+            asyncio.create_task(_again(WATCH_EVERY, self._watch)),
+            asyncio.create_task(_again(TEND_EVERY, self._tend)),
+        ]
+
+    async def close(self) -> None:
+        """Lets running turns finish; past `DRAIN_SECONDS` they end as `interrupted`, with all that came."""
+        self.draining = True
+        await self._db.write(database.release_waiting, self.owner)
+        if self._running:
+            log.info("waiting up to %g s for %d turns", self._drain_seconds, len(self._running))
+            await asyncio.wait([running.work for running in self._running.values()], timeout=self._drain_seconds)
+        for reply_id in list(self._running):
+            self._cancel(reply_id, _interrupted())
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for task in self._beside:
+            task.cancel()
+        await asyncio.gather(*self._beside, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- beginning and reading ---
+
+    async def begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
+        """Stores a message and sees to its reply; returns the reply, and whether it was begun before with the
+        same idempotency key.
+
+        A caller that is cancelled meanwhile leaves no turn without a task. Raises errors.NotFound,
+        errors.TooMany, errors.Unprocessable as `database.begin_turn` does.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._begin(user_id, session_key, said, key)))
+
+    async def _begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
+        staged = await asyncio.to_thread(self._images.stage, said.images) if said.images else []
+
+        def store(conn: Connection) -> database.Begun:
+            begun = database.begin_turn(
+                conn, user_id, session_key, said.text, said.label(), said.digest(), key, self.owner
+            )
+            if staged and not begun.existing:
+                database.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
+            return begun
+
+        try:
+            begun = await self._db.write(store)
+        finally:
+            for image in staged:
+                image.discard()
+        reply = self.reply(begun.reply_id)
+        if reply is None:
+            raise errors.NotFound("The session was deleted meanwhile.", code="session_not_found")
+        if reply.status == "streaming" and not begun.existing:
+            self._start(reply, self._ask)
+        return reply, begun.existing
+
+    def reply(self, reply_id: int) -> LiveReply | None:
+        """A reply to read from, live while it runs in whichever process; None where there is none."""
+        reply = self._replies.get(reply_id)
+        if reply is None:
+            row = self._db.read(database.select_reply, reply_id)
+            if row is None:
+                return None
+            reply = LiveReply(row)
+            if not reply.is_final:
+                self._replies[reply_id] = reply
+        return reply
+
+    # --- running ---
+
+    def _start(self, reply: LiveReply, work: Callable[[LiveReply], Coroutine[object, object, Outcome]]) -> None:
+        if reply.id not in self._running:
+            reply.status = "streaming"
+            running = _Running(reply, asyncio.create_task(work(reply)), (reply.length, None))
+            self._running[reply.id] = running
+            self._spawn(self._see_through(running))
+
+    def _cancel(self, reply_id: int, ending: Outcome) -> None:
+        running = self._running.get(reply_id)
+        if running is not None and running.ending is None:
+            running.ending = ending
+            running.work.cancel()
+
+    async def _see_through(self, running: _Running) -> None:
+        reply, started = running.reply, time.monotonic()
+        outcome = await self._outcome(running)
+        try:
+            await self._finish(reply, outcome)
+        finally:
+            del self._running[reply.id]
+        log.info(
+            "reply %d in session %d is %s: %d characters, %.3f s",
+            *(reply.id, reply.session_id, reply.status, reply.length, time.monotonic() - started),
+        )
+        await self._claim()
+
+    async def _outcome(self, running: _Running) -> Outcome:
+        try:
+            return await running.work
+        except errors.AppError as error:
+            return _failed(error)
+        except asyncio.CancelledError:
+            return running.ending or _interrupted()
+        except Exception:
+            log.exception("our own code failed in reply %d", running.reply.id)
+            return _failed(errors.AppError("The service failed while it made this reply; its log says why."))
+
+    async def _finish(self, reply: LiveReply, outcome: Outcome) -> None:
+        stored = False
+        while not stored:
+            try:
+                await self._db.write(
+                    database.finish_turn,
+                    *(reply.id, self.owner, outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error),
+                )
+                stored = True
+            except errors.Unavailable:
+                log.error("the end of reply %d could not be stored, trying again", reply.id)
+                await asyncio.sleep(1)
+        reply.follow(self._db.read(database.select_reply, reply.id))
+
+    async def _ask(self, reply: LiveReply) -> Outcome:
+        turn = self._db.read(database.select_turn, reply.id)
+        if turn is None:
+            return Outcome("stopped")  # deleted meanwhile
+        files = self._db.read(database.select_image_files, turn.message_id)
+        request = gateway.build_request(
+            agent_id=turn.agent_id,
+            session_key=turn.session_key,
+            project=(turn.project_name, turn.project_description, turn.project_path),
+            text=turn.text,
+            images=await asyncio.to_thread(self._image_parts, files) if files else [],
+        )
+        try:
+            return await self._read(request, reply)
+        except errors.GatewayUnavailable:
+            await asyncio.sleep(RETRY_AFTER)  # nothing can have reached the agent: once more
+        return await self._read(request, reply)
+
+    def _image_parts(self, files: Sequence[str]) -> list[dict[str, object]]:
+        read = ((*self._images.read(file), Path(file).stem) for file in files)
+        return [image_handler.content_part(image_handler.Image(*parts)) for parts in read]
+
+    async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
+        usage = None
+        async with aclosing(self._gateway.stream(request)) as chunks:
+            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage counts
+                reply.run_id = run_id
+                reply.append(text)
+        return Outcome("complete" if reply.length else "empty", usage)
+
+    async def _recover(self, reply: LiveReply) -> Outcome:
+        """A reply that a dead process left: what the gateway finished is complete, all else is interrupted."""
+        turn = self._db.read(database.select_turn, reply.id)
+        if turn is None:
+            return Outcome("stopped")
+        known = self._db.read(database.select_known_runs, turn.session_id)
+        try:
+            found = await self._gateway.finished_reply(
+                turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
+            )
+        except errors.GatewayError as error:
+            log.warning("the gateway could not be asked for reply %d: %s", reply.id, error.message)
+            found = None
+        if found is None:
+            return _interrupted()
+        reply.run_id = found.run_id
+        reply.append(found.text[reply.length :])
+        return Outcome("complete", found.usage)
+
+    # --- beside the requests ---
+
+    async def _store_texts(self) -> None:
+        behind = [
+            (running, (running.reply.length, running.reply.run_id))
+            for running in self._running.values()
+            if running.stored != (running.reply.length, running.reply.run_id)
+        ]
+        if not behind:
+            return
+        rows = [(running.reply.id, running.reply.text(), running.reply.run_id) for running, _ in behind]
+        lost = await self._db.write(database.update_replies, self.owner, rows)
+        for running, reached in behind:
+            running.stored = reached
+        for reply_id in lost:
+            self._cancel(reply_id, Outcome("stopped"))  # deleted meanwhile
+
+    async def _watch(self) -> None:
+        version = self._db.version()
+        if version == self._seen:
+            return
+        self._seen = version
+        for reply in list(self._replies.values()):
+            if reply.id not in self._running and not reply.is_final:
+                reply.follow(self._db.read(database.select_reply, reply.id))
+        for reply_id in self._db.read(database.select_stops, self.owner):
+            self._cancel(reply_id, Outcome("stopped"))
+        await self._claim()
+
+    async def _claim(self) -> None:
+        if self.draining or not self._db.read(database.select_claimable, self.owner):
+            return
+        for reply_id in await self._db.write(database.claim_turns, self.owner):
+            reply = self.reply(reply_id)
+            if reply is not None:
+                self._start(reply, self._ask)
+
+    async def _tend(self) -> None:
+        if self.draining:
+            return
+        for owner in self._db.read(database.select_owners):
+            if not self._db.lease.alive(owner):
+                for reply_id in await self._db.write(database.inherit, owner, self.owner):
+                    reply = self.reply(reply_id)
+                    if reply is not None:
+                        self._start(reply, self._recover)
+        await self._claim()
+        await self.do_errands()
+
+    # --- stopping and deleting ---
+
+    async def stop(self, session_ids: Sequence[int]) -> bool:
+        """Ends what runs in these sessions, in whichever process, and drops what waits; whether there was
+        anything. Returns when it has ended, or after a few seconds where its process does not react."""
+        halted = await self._db.write(database.request_stop, session_ids)
+        for reply_id in halted.running:
+            self._cancel(reply_id, Outcome("stopped"))
+        until = time.monotonic() + STOP_WITHIN
+        while any(map(self._is_running, halted.running)) and time.monotonic() < until:  # noqa: ASYNC110 - its row says
+            await asyncio.sleep(0.02)
+        return bool(halted.running or halted.dropped)
+
+    def _is_running(self, reply_id: int) -> bool:
+        row = self._db.read(database.select_reply, reply_id)
+        return row is not None and row.status == "streaming"
+
+    async def clear(self, session_ids: Sequence[int]) -> None:
+        """Stops these sessions for good, before they are deleted: nothing new begins in them."""
+        await self._db.write(database.archive_sessions, session_ids)
+        await self.stop(session_ids)
+
+    async def do_errands(self) -> None:
+        """Does what the outbox says. Returns when folders and images are gone; the gateway, which may be
+        down, is not waited for."""
+        if not self._db.read(database.has_due_errands, time.time()):
+            return
+        errands = await self._db.write(database.claim_errands, self.owner, time.time())
+        for errand in errands:
+            if errand.kind != "gateway_session":
+                await self._do(errand)
+        remote = [errand for errand in errands if errand.kind == "gateway_session"]
+        if remote:
+            self._spawn(self._do_all(remote))
+
+    async def _do_all(self, errands: Sequence[Errand]) -> None:
+        for errand in errands:
+            await self._do(errand)
+
+    async def _do(self, errand: Errand) -> None:
+        try:
+            if errand.kind == "gateway_session":
+                agent_id, session_key = errand.target.split(" ")
+                await self._gateway.delete_session(agent_id, session_key)
+            elif errand.kind == "images":
+                await asyncio.to_thread(self._images.remove_session, errand.target)
+            else:
+                await asyncio.to_thread(self._remove_folder, Path(errand.target))
+        except errors.AppError as error:
+            delay = min(2**errand.attempts, ERRAND_AT_MOST)
+            log.warning(
+                "%s %s stays to be removed, again in %d s: %s", errand.kind, errand.target, delay, error.message
+            )
+            await self._db.write(database.postpone_errand, errand.id, time.time() + delay)
+        else:
+            await self._db.write(database.delete_errand, errand.id)
+
+    def _remove_folder(self, folder: Path) -> None:
+        if file_utils.is_below(self._projects, folder):
+            file_utils.remove_tree(folder)
+        else:
+            log.warning("%s is not below PROJECTS_DIR: it is left as it is", folder)
+
+
+async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Does it over and over. What fails once is logged, and tried again next time."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("%s failed, it goes on", getattr(work, "__name__", "a background job"))
+        await asyncio.sleep(seconds)
+
+
+# --- what a request finds open ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The opened parts of one running service."""
+
+    settings: Settings
+    db: Database
+    openclaw: gateway.Gateway
+    images: image_handler.ImageStore
+    turns: Turns
+
+
+async def _parts(request: Request) -> Parts:
+    return cast(Parts, request.state.parts)
+
+
+OpenParts = Annotated[Parts, Depends(_parts)]
