@@ -1,0 +1,415 @@
+"""How the rooms meet: `create_app`, what is opened and closed with it, the one map from error to status, health."""
+
+import asyncio
+import logging
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import auth
+import chat_handlers
+import database
+import errors
+import gateway
+import image_handler
+import project_manager
+import settings as environment
+from settings import Settings
+from turns import OpenParts, Parts, Turns
+
+VERSION = "1.0.0"
+MAX_BODY = 32 * 1024 * 1024  # bytes: 20 MB of images, as base64, and the words beside them
+CHECK_GATEWAY_EVERY = 15  # seconds
+
+log = logging.getLogger("clawd.app")
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+# The one map from error to status: the nearest class counts.
+STATUSES: dict[type[errors.AppError], int] = {
+    errors.Invalid: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.TooLarge: 413,
+    errors.Unsupported: 415,
+    errors.Unprocessable: 422,
+    errors.TooMany: 429,
+    errors.Unavailable: 503,
+    errors.GatewayError: 502,
+    errors.GatewayUnavailable: 503,
+    errors.GatewayTimeout: 504,
+    errors.Interrupted: 503,
+    errors.AppError: 500,
+}
+# What Starlette itself raises, in our words.
+HTTP_ERRORS = {
+    404: ("not_found", "There is nothing at this address."),
+    405: ("method_not_allowed", "This address does not take this method."),
+    413: ("request_too_large", "The request is too large: 32 MB at most."),
+    400: ("invalid_request", "The request cannot be read: send a JSON body."),
+}
+
+
+class ErrorOut(BaseModel):
+    """Every error but 422 of a malformed request, whose `detail` is a list."""
+
+    detail: str = Field(description="A sentence to act on.")
+    code: str = Field(description="Stable.")
+    message_id: int | None = Field(None, description="Of a reply that failed: its text so far is stored there.")
+
+
+class DatabaseHealth(BaseModel):
+    ok: bool
+    sqlite: str = Field(description="SQLite's version.")
+
+
+class GatewayHealth(BaseModel):
+    url: str
+    ok: bool
+    checked_at: str | None
+    detail: str
+
+
+class Health(BaseModel):
+    status: Literal["ok", "error"]
+    version: str
+    environment: Literal["production", "development"]
+    branch: str
+    commit: str
+    port: int
+    uptime_seconds: float
+    database: DatabaseHealth
+    gateway: GatewayHealth
+
+
+class Ready(BaseModel):
+    status: Literal["ready"]
+    detail: str
+    gateway_version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which code runs, since when (seconds of the monotonic clock)."""
+
+    branch: str
+    commit: str
+    started: float
+
+    @property
+    def environment(self) -> Literal["production", "development"]:
+        """`main` is production, whatever else is development."""
+        return "production" if self.branch == "main" else "development"
+
+
+class State(TypedDict):
+    """What a running app holds open, in `request.state`."""
+
+    parts: Parts
+    identity: auth.Identity
+    origin: Origin
+
+
+# --- what goes around every request -------------------------------------------------------------------
+
+
+class RequestLog:
+    """Gives every request an id, which its response and its log lines carry, and logs how it went."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        name = sent if re.fullmatch(r"[\x21-\x7e]{1,128}", sent) else uuid.uuid4().hex
+        request_id.set(name)
+        started, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            level = logging.DEBUG if scope["path"].startswith("/health") else logging.INFO
+            took = (time.perf_counter() - started) * 1000
+            log.log(level, "%s %s %d %.1f ms", scope["method"], scope["path"], status, took)
+
+
+class CatchAll:
+    """Answers what nobody caught, inside of CORS, so that a browser can read that too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception:
+            if scope["type"] != "http" or started:
+                raise
+            log.exception("unexpected error in %s %s", scope["method"], scope["path"])
+            failed = errors.AppError("Something went wrong here. Tell the operator this response's X-Request-ID.")
+            await _error_response(failed)(scope, receive, send)
+
+
+def _status(kind: type[errors.AppError]) -> int:
+    return next(STATUSES[base] for base in kind.__mro__ if base in STATUSES)
+
+
+def _error_response(error: errors.AppError) -> JSONResponse:
+    status = _status(type(error))
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if status in (429, 503) or error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after or 5)
+    body: dict[str, object] = {"detail": error.message, "code": error.name}
+    if error.message_id is not None:
+        body["message_id"] = error.message_id
+        headers["X-Message-Id"] = str(error.message_id)
+    return JSONResponse(body, status, headers)
+
+
+async def _answer_app_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.AppError)  # noqa: S101 - registered for this class alone
+    return _error_response(error)
+
+
+async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
+    code, detail = HTTP_ERRORS.get(error.status_code, ("http_error", str(error.detail)))
+    return JSONResponse({"detail": detail, "code": code}, error.status_code, error.headers)
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class alone
+    # What was sent is not sent back: it may be a password, or text that is no valid Unicode.
+    detail = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()]
+    return JSONResponse({"detail": detail, "code": "invalid_request"}, 422)
+
+
+# --- logs ---------------------------------------------------------------------------------------------
+
+
+class _AddRequestId(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = request_id.get()
+        return True
+
+
+def _start_logging(level: str) -> None:
+    logger = logging.getLogger("clawd")
+    logger.setLevel(level)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"))
+        handler.addFilter(_AddRequestId())
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+# --- the app ------------------------------------------------------------------------------------------
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """An app on these settings. Nothing is opened before its lifespan starts."""
+    app = FastAPI(
+        title="clawd-backend",
+        version=VERSION,
+        description="Many people, each in conversations of their own, with an OpenClaw agent.",
+        lifespan=_lifespan(settings),
+        middleware=[
+            Middleware(RequestLog),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origins),
+                allow_methods=["GET", "POST", "PUT", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID"],
+                expose_headers=["X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"],
+                max_age=86_400,
+            ),
+            Middleware(CatchAll),
+            Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
+        ],
+        exception_handlers={
+            errors.AppError: _answer_app_error,
+            HTTPException: _answer_http_error,
+            RequestValidationError: _answer_validation_error,
+        },
+    )
+    app.include_router(auth.router)
+    app.include_router(project_manager.router)
+    app.include_router(chat_handlers.router)
+    app.add_api_route("/health", read_health, tags=["health"], response_model=Health)
+    app.add_api_route(
+        "/health/ready", read_ready, tags=["health"], response_model=Ready, openapi_extra=errors.raises("not_ready")
+    )
+    app.openapi = lambda: _describe(app)  # type: ignore[method-assign]  # the way FastAPI documents
+    return app
+
+
+def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        _start_logging(settings.log_level)
+        async with AsyncExitStack() as stack:
+            secret = auth.load_secret(settings)
+            db = database.Database(settings.db_path)
+            db.open()
+            stack.callback(db.close)
+            openclaw = gateway.Gateway(
+                settings.clawdbot_base_url, settings.clawdbot_token.get_secret_value(), settings.clawdbot_timeout
+            )
+            openclaw.open()
+            stack.push_async_callback(openclaw.close)
+            images = image_handler.ImageStore(settings.images, secret)
+            images.sweep(older_than=86_400)
+            identity = auth.Identity(settings)
+            identity.open(secret)
+            stack.callback(identity.close)
+            turns = Turns(db, openclaw, images, settings)
+            turns.open()
+            stack.push_async_callback(turns.close)
+            watching = asyncio.create_task(_watch_gateway(openclaw))
+            stack.callback(watching.cancel)
+            origin = Origin(_git("rev-parse", "--abbrev-ref", "HEAD"), _git("rev-parse", "HEAD"), time.monotonic())
+            log.info("clawd-backend %s of %s (%.7s) serves %s", VERSION, origin.branch, origin.commit, db.path)
+            yield State(parts=Parts(settings, db, openclaw, images, turns), identity=identity, origin=origin)
+            log.info("stopping")
+
+    return lifespan
+
+
+async def _watch_gateway(openclaw: gateway.Gateway) -> None:
+    """Keeps what health says of the gateway fresh, and logs when it changes."""
+    said = ""
+    while True:
+        state = await openclaw.check(max_age=0)
+        if state.detail != said:
+            said = state.detail
+            log.log(logging.INFO if state.ok else logging.WARNING, "gateway: %s", said)
+        await asyncio.sleep(CHECK_GATEWAY_EVERY)
+
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed words
+            ["git", "-C", str(environment.CHECKOUT), *words],  # noqa: S607 - whichever git the operator has
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+# --- health -------------------------------------------------------------------------------------------
+
+
+async def read_health(request: Request, parts: OpenParts) -> Any:
+    """How the service is, at once, whatever the gateway does; 503 where the database cannot be used."""
+    origin: Origin = request.state.origin
+    try:
+        parts.db.read(database.check)
+        works = True
+    except errors.Unavailable:
+        works = False
+    state = parts.openclaw.state
+    health = Health(
+        status="ok" if works else "error",
+        version=VERSION,
+        environment=origin.environment,
+        branch=origin.branch,
+        commit=origin.commit,
+        port=request.scope["server"][1] or 0,
+        uptime_seconds=round(time.monotonic() - origin.started, 3),
+        database=DatabaseHealth(ok=works, sqlite=sqlite3.sqlite_version),
+        gateway=GatewayHealth(
+            url=parts.openclaw.url, ok=state.ok, checked_at=_iso(state.checked_at), detail=state.detail
+        ),
+    )
+    return health if works else JSONResponse(health.model_dump(), 503, {"Retry-After": "5"})
+
+
+def _iso(seconds: float) -> str | None:
+    return database.iso_time(seconds) if seconds else None
+
+
+async def read_ready(parts: OpenParts) -> Ready:
+    """Whether a turn can be taken now: 503 while the gateway cannot, or this process ends."""
+    if parts.turns.draining:
+        raise errors.Unavailable("This process is ending; another one takes over.", code="not_ready", retry_after=1)
+    state = await parts.openclaw.check(max_age=1)
+    if not state.ok:
+        raise errors.Unavailable(state.detail, code="not_ready", retry_after=5)
+    return Ready(status="ready", detail=state.detail, gateway_version=state.version)
+
+
+# --- OpenAPI ------------------------------------------------------------------------------------------
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, each route with the errors that it names and those that any route can meet."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schema["components"]["schemas"]["ErrorOut"] = ErrorOut.model_json_schema()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                _describe_errors(operation)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _describe_errors(operation: dict[str, Any]) -> None:
+    codes = [*operation.pop("x-errors", []), "internal_error"]
+    if "security" in operation:
+        codes += ["unauthorized", "database_unavailable"]
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(_status(errors.CODES[code]), []).append(code)
+    for status, names in by_status.items():
+        described = ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+        response = operation["responses"].setdefault(str(status), {})
+        response["description"] = "; ".join(filter(None, [response.get("description"), described]))
+        response.setdefault("content", {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}})
+
+
+app = create_app(environment.load())

@@ -1,0 +1,280 @@
+"""What a user keeps: projects, sessions and files, with their folders and routes."""
+
+import asyncio
+import logging
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, status
+from fastapi import Path as PathParam
+from pydantic import BaseModel, Field, StringConstraints
+
+import database
+import errors
+import file_utils
+from auth import CurrentUser
+from turns import OpenParts, Parts
+
+log = logging.getLogger("clawd.projects")
+
+MAX_FILE = 10 * 1024 * 1024  # bytes, contract
+
+router = APIRouter()
+
+Id = Annotated[int, PathParam(ge=1, le=database.MAX_ID)]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Description = Annotated[str, StringConstraints(max_length=4000)]
+Label = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]
+AgentId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class ProjectIn(BaseModel):
+    name: Name
+    description: Description | None = None
+
+
+class ProjectChange(BaseModel):
+    name: Name | None = None
+    description: Description | None = None
+
+
+class ProjectOut(BaseModel):
+    id: int
+    user_id: int
+    name: str
+    description: str | None
+    project_path: str
+    created_at: str
+
+
+class SessionIn(BaseModel):
+    label: Label | None = None
+    agent_id: AgentId = "main"
+
+
+class SessionChange(BaseModel):
+    label: Label | None = None
+    archived: bool | None = None
+
+
+class SessionOut(BaseModel):
+    id: int
+    project_id: int
+    session_key: str
+    label: str | None = Field(description="Null until the first message gives it its opening words.")
+    archived: Literal[0, 1]
+    scope: str
+    channel: str
+    agent_id: str
+    created_at: str
+    last_used_at: str | None
+
+
+class Deleted(BaseModel):
+    status: Literal["deleted"] = "deleted"
+    message: str
+
+
+class FileNode(BaseModel):
+    type: Literal["file", "folder"]
+    name: str
+    path: str = Field(description="Relative to the project's root, with `/`.")
+    size: int | None = Field(None, description="Bytes; files only.")
+    children: "list[FileNode] | None" = Field(None, description="Folders only.")
+
+
+class FileOut(BaseModel):
+    content: str = Field(description="Empty for a binary file.")
+    is_binary: bool
+    size: int = Field(description="Bytes.")
+
+
+class FileIn(BaseModel):
+    content: str
+
+
+class FileWritten(BaseModel):
+    success: Literal[True] = True
+    size: int = Field(description="Bytes.")
+
+
+# --- projects -----------------------------------------------------------------------------------------
+
+
+@router.get("/projects", tags=["projects"])
+async def list_projects(user: CurrentUser, parts: OpenParts) -> list[ProjectOut]:
+    """The user's projects, newest first."""
+    return [_project_out(project) for project in parts.db.read(database.select_projects, user.id)]
+
+
+@router.post(
+    "/projects", status_code=status.HTTP_201_CREATED, tags=["projects"], openapi_extra=errors.raises("disk_unavailable")
+)
+async def create_project(body: ProjectIn, user: CurrentUser, parts: OpenParts) -> ProjectOut:
+    """Makes a project and its folder with a `README.md`: both, or neither."""
+    return _project_out(await asyncio.shield(asyncio.ensure_future(_create(parts, user.id, body))))
+
+
+async def _create(parts: Parts, user_id: int, body: ProjectIn) -> database.Project:
+    stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
+    folder = parts.settings.projects / f"{file_utils.slug(body.name)}_{stamp}"
+    # Whoever finds this errand after we died removes a folder that has no row.
+    errand = await parts.db.write(database.insert_errand, "folder", str(folder), parts.turns.owner)
+    try:
+        await asyncio.to_thread(_make_folder, folder, body)
+        return await parts.db.write(database.insert_project, user_id, body.name, body.description, str(folder), errand)
+    except errors.AppError:
+        await asyncio.to_thread(file_utils.remove_tree, folder)
+        await parts.db.write(database.delete_errand, errand)
+        raise
+
+
+def _make_folder(folder: Path, body: ProjectIn) -> None:
+    file_utils.make_folder(folder)
+    about = f"# {body.name}\n" + (f"\n{body.description}\n" if body.description else "")
+    file_utils.write_atomic(folder / "README.md", about.encode())
+
+
+@router.get("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
+async def read_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> ProjectOut:
+    """One project."""
+    return _project_out(parts.db.read(database.select_project, user.id, project_id))
+
+
+@router.put("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
+async def change_project(project_id: Id, body: ProjectChange, user: CurrentUser, parts: OpenParts) -> ProjectOut:
+    """Changes what the body names; the folder keeps its name."""
+    return _project_out(await parts.db.write(database.update_project, user.id, project_id, body.name, body.description))
+
+
+@router.delete("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
+async def delete_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
+    """Stops what runs in the project and deletes it: rows, images, folder, and its sessions in the gateway."""
+    parts.db.read(database.select_project, user.id, project_id)
+    await parts.turns.clear(parts.db.read(database.select_session_ids, user.id, project_id))
+    await parts.db.write(database.delete_project, user.id, project_id)
+    await parts.turns.do_errands()
+    return Deleted(message="Project deleted")
+
+
+def _project_out(project: database.Project) -> ProjectOut:
+    return ProjectOut.model_validate(project._asdict())
+
+
+# --- sessions -----------------------------------------------------------------------------------------
+
+
+@router.get("/projects/{project_id}/sessions", tags=["sessions"], openapi_extra=errors.raises("project_not_found"))
+async def list_sessions(
+    project_id: Id,
+    user: CurrentUser,
+    parts: OpenParts,
+    archived: Annotated[bool, Query(description="The archived ones, instead of the others.")] = False,
+) -> list[SessionOut]:
+    """The sessions of a project, newest first."""
+    sessions = parts.db.read(database.select_sessions, user.id, project_id, archived)
+    return [_session_out(session) for session in sessions]
+
+
+@router.post(
+    "/projects/{project_id}/sessions",
+    status_code=status.HTTP_201_CREATED,
+    tags=["sessions"],
+    openapi_extra=errors.raises("project_not_found"),
+)
+async def create_session(
+    project_id: Id, user: CurrentUser, parts: OpenParts, body: SessionIn | None = None
+) -> SessionOut:
+    """Makes a session, a conversation of its own with an agent."""
+    body = body or SessionIn()
+    session = await parts.db.write(database.insert_session, user.id, project_id, body.label, body.agent_id)
+    return _session_out(session)
+
+
+@router.put("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
+async def change_session(session_id: Id, body: SessionChange, user: CurrentUser, parts: OpenParts) -> SessionOut:
+    """Renames a session, archives it, or takes it out of the archive."""
+    return _session_out(await parts.db.write(database.update_session, user.id, session_id, body.label, body.archived))
+
+
+@router.delete("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
+async def delete_session(session_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
+    """Stops what runs in the session and deletes it: rows, images, and its session in the gateway."""
+    return await _delete_session(parts, user.id, session_id, None)
+
+
+@router.delete(
+    "/projects/{project_id}/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found")
+)
+async def delete_session_of_project(project_id: Id, session_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
+    """The same as `DELETE /sessions/{session_id}`, for a session of that project."""
+    return await _delete_session(parts, user.id, session_id, project_id)
+
+
+async def _delete_session(parts: Parts, user_id: int, session_id: int, project_id: int | None) -> Deleted:
+    parts.db.read(database.select_session, user_id, session_id, project_id)
+    await parts.turns.clear([session_id])
+    await parts.db.write(database.delete_session, user_id, session_id)
+    await parts.turns.do_errands()
+    return Deleted(message="Session deleted")
+
+
+def _session_out(session: database.Session) -> SessionOut:
+    return SessionOut.model_validate(session._asdict())
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+@router.get(
+    "/projects/{project_id}/files",
+    tags=["files"],
+    response_model_exclude_none=True,
+    openapi_extra=errors.raises("project_not_found"),
+)
+async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> list[FileNode]:
+    """The project's files and folders, each level sorted by name. Links are neither shown nor followed."""
+    root = _root(parts, user.id, project_id)
+    return [FileNode.model_validate(node) for node in await asyncio.to_thread(file_utils.tree, root)]
+
+
+@router.get(
+    "/projects/{project_id}/files/{path:path}",
+    tags=["files"],
+    openapi_extra=errors.raises("project_not_found", "file_not_found", "invalid_path", "file_too_large"),
+)
+async def read_file(project_id: Id, path: str, user: CurrentUser, parts: OpenParts) -> FileOut:
+    """A file's text, or the news that it is binary."""
+    data = await asyncio.to_thread(file_utils.read_file, _root(parts, user.id, project_id), path, MAX_FILE)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = "\0"
+    binary = "\0" in text
+    return FileOut(content="" if binary else text, is_binary=binary, size=len(data))
+
+
+@router.put(
+    "/projects/{project_id}/files/{path:path}",
+    tags=["files"],
+    openapi_extra=errors.raises(
+        "project_not_found", "file_not_found", "invalid_path", "file_too_large", "disk_unavailable"
+    ),
+)
+async def write_file(project_id: Id, path: str, body: FileIn, user: CurrentUser, parts: OpenParts) -> FileWritten:
+    """Writes a file, and the folders above it: all of the new content is there afterwards, or all of the old."""
+    data = body.content.encode()
+    if len(data) > MAX_FILE:
+        raise errors.TooLarge("A file may have 10 MB at most.", code="file_too_large")
+    await asyncio.to_thread(file_utils.write_file, _root(parts, user.id, project_id), path, data)
+    return FileWritten(size=len(data))
+
+
+def _root(parts: Parts, user_id: int, project_id: int) -> Path:
+    """The project's folder. Raises errors.NotFound where there is no such project, or it never had a folder."""
+    project = parts.db.read(database.select_project, user_id, project_id)
+    if not project.project_path:
+        raise errors.NotFound("This project has no folder.", code="file_not_found")
+    return Path(project.project_path)
