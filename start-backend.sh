@@ -1,0 +1,255 @@
+#!/usr/bin/env bash
+# Starts the service from this checkout; start-backend-dev.sh comes here too, with --as-development in front.
+set -euo pipefail
+
+usage() {
+  cat <<END
+Usage: ./$NAME [--check | --demo [--port N]]
+
+Starts the $KIND service on port $USUAL_PORT, from $BRANCHES only.
+Settings come from the environment or from a file .env beside this script.
+
+  --check     do everything but start: find Python, build venv/, check branch and port
+  --demo      no gateway and no settings needed, any branch: a stand-in gateway, a temporary
+              database, and the curl lines of a first chat; on 127.0.0.1 only
+  --port N    another port; with --demo only
+  --help      this text
+
+PYTHON=... names the Python to use (3.11 or newer).
+Exit status: 2 wrong options, 3 wrong branch, 4 port in use, 1 anything else.
+END
+}
+
+say() { printf '%s: %s\n' "$NAME" "$1" >&2; }
+
+# fail MESSAGE [STATUS]
+fail() {
+  say "$1"
+  exit "${2:-1}"
+}
+
+read_options() {
+  CHECK='' DEMO='' PORT=''
+  while (($#)); do
+    case $1 in
+      --check) CHECK=1 ;;
+      --demo) DEMO=1 ;;
+      --port)
+        PORT=${2:-}
+        if ! [[ $PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((PORT > 65535)); then
+          fail "--port needs a number from 1 to 65535." 2
+        fi
+        shift
+        ;;
+      -h | --help) usage && exit ;;
+      *) fail "There is no option '$1'. See ./$NAME --help" 2 ;;
+    esac
+    shift
+  done
+  [[ -z $PORT || -n $DEMO ]] || fail "--port goes with --demo only; the $KIND service is on $USUAL_PORT." 2
+  PORT=${PORT:-$USUAL_PORT}
+}
+
+is_recent_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+    if is_recent_python "$candidate"; then
+      PYTHON=$candidate
+      return
+    fi
+    [[ $candidate != "${PYTHON:-}" ]] || fail "PYTHON=$PYTHON is no Python 3.11 or newer. Correct it or unset it."
+  done
+  fail "Python 3.11 or newer is needed and was not found. Install it, or name it with PYTHON=/path/to/python3."
+}
+
+check_branch() {
+  local top branch here
+  if ! top=$(git rev-parse --show-toplevel 2>&1) || [[ $top != "$PWD" ]]; then
+    fail "$PWD is no git checkout, so its branch cannot be checked. Start from a git clone. ($top)" 3
+  fi
+  branch=$(git symbolic-ref --quiet --short HEAD) || branch=
+  case $KIND/$branch in
+    production/main | development/feature/?* | development/fix/?*) return ;;
+    development/development | development/development/?*) return ;;
+    production/) if is_of_main; then return; fi ;;
+  esac
+  here=${branch:-a detached commit that this does not cover}
+  fail "The $KIND service (port $USUAL_PORT) runs from $BRANCHES only, and $PWD is on $here.
+Give it a worktree of its own and start it there:
+  git worktree add ../$(basename "$PWD")-$EXAMPLE
+If there is no such branch yet, put -b before its name." 3
+}
+
+# A deployment may have checked out the commit, or the remote's branch, rather than `main` itself.
+is_of_main() {
+  git merge-base --is-ancestor HEAD refs/heads/main 2>/dev/null ||
+    git merge-base --is-ancestor HEAD refs/remotes/origin/main 2>/dev/null
+}
+
+# One line for what an environment is built with, one for what goes into it.
+describe_venv() {
+  "$PYTHON" - <<'END'
+import hashlib, pathlib, sys
+print(sys.version.split()[0], pathlib.Path("venv").absolute())
+print(hashlib.sha256(pathlib.Path("requirements.txt").read_bytes()).hexdigest())
+END
+}
+
+# Runs quietly; shows what the command said only if it fails.
+quietly() {
+  local output
+  output=$("$@" 2>&1) || fail "This failed: $*
+$output"
+}
+
+build_venv() {
+  local wanted found=
+  wanted=$(describe_venv)
+  [[ ! -f venv/.stamp ]] || found=$(<venv/.stamp)
+  [[ $found != "$wanted" ]] || return 0
+  "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$PYTHON has no module venv. On Debian and Ubuntu: apt-get install python3-venv"
+  say "Installing what requirements.txt names into venv/; this takes a minute."
+  # Without its stamp an environment counts as unfinished, and the next start builds it anew.
+  rm -f venv/.stamp
+  if [[ ${found%%$'\n'*} != "${wanted%%$'\n'*}" ]]; then
+    quietly "$PYTHON" -m venv --clear venv
+  fi
+  quietly venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
+  printf '%s\n' "$wanted" >venv/.stamp
+}
+
+refresh_venv() {
+  (
+    flock --nonblock 9 || { say "Another start is building venv/; waiting for it." && flock 9; }
+    build_venv
+  ) 9<.
+}
+
+check_port() {
+  local problem holder
+  problem=$("$PYTHON" - "$HOST" "$PORT" 2>&1 <<'END'
+import socket, sys
+with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((sys.argv[1], int(sys.argv[2])))
+    except OSError as error:
+        sys.exit(error.strerror)
+END
+  ) && return
+  holder=$(ss -Hltnp "sport = :$PORT" 2>/dev/null | sed -nE 's/.*pid=([0-9]+).*/, by process \1/p' | head -n 1) || holder=''
+  fail "Port $PORT cannot be had: ${problem,}$holder. Stop what uses it${DEMO:+, or choose another with --port}." 4
+}
+
+serve() {
+  local options=(--host "$HOST" --port "$PORT" --no-access-log --timeout-graceful-shutdown 10) directory
+  if [[ $KIND == development ]]; then
+    if ! grep -qiE "^\s*(export\s+)?DB_PATH\s*=\s*[\"']?[^\"'#[:space:]]" .env 2>/dev/null; then
+      export DB_PATH="${DB_PATH:-clawdbot_adapter_dev.db}"
+    fi
+    # Agents write code below projects/, and it is no reason to restart. Only what exists can be excluded.
+    mkdir -p projects
+    options+=(--reload)
+    for directory in projects tests venv; do options+=(--reload-exclude "$PWD/$directory"); done
+  fi
+  exec venv/bin/uvicorn app:app "${options[@]}"
+}
+
+demo() {
+  DEMO_DIR=$(mktemp -d)
+  DEMO_TOKEN=$("$PYTHON" -c 'import secrets; print(secrets.token_hex(16))')
+  DEMO_PIDS=()
+  trap end_demo EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM HUP
+  env -i PATH="$PATH" venv/bin/python -m tests.stand_in --demo --token "$DEMO_TOKEN" \
+    --port-file "$DEMO_DIR/port" >&2 &
+  DEMO_PIDS+=($!)
+  wait_for $! "The stand-in gateway" test -s "$DEMO_DIR/port"
+  serve_demo "http://127.0.0.1:$(<"$DEMO_DIR/port")" >&2 &
+  DEMO_PIDS+=($!)
+  wait_for $! "The service" is_healthy
+  first_chat
+  wait -n "${DEMO_PIDS[@]}" || true
+  fail "The demo ended by itself; see above."
+}
+
+# Nothing of the caller's settings gets in. Each is named here, for one that is not set would be read from .env.
+serve_demo() {
+  exec env -i PATH="$PATH" HOME="${HOME:-/}" LANG=C.UTF-8 \
+    DB_PATH="$DEMO_DIR/demo.db" DATA_DIR="$DEMO_DIR" PROJECTS_DIR="$DEMO_DIR/projects" \
+    CLAWDBOT_BASE_URL="$1" CLAWDBOT_TOKEN="$DEMO_TOKEN" CLAWDBOT_TIMEOUT=600 \
+    PUBLIC_BASE_URL="http://$HOST:$PORT" CORS_ORIGINS='*' JWT_SECRET="$DEMO_TOKEN$DEMO_TOKEN" TOKEN_TTL=86400 \
+    SIGNUP=open LOG_LEVEL=WARNING PING_SECONDS=10 DRAIN_SECONDS=1 \
+    venv/bin/uvicorn app:app --host "$HOST" --port "$PORT" --no-access-log --log-level warning \
+    --timeout-graceful-shutdown 2
+}
+
+# wait_for PID NAME COMMAND...: until the command succeeds, half a minute at most.
+wait_for() {
+  local pid=$1 name=$2 tries
+  shift 2
+  for ((tries = 0; tries < 150; tries++)); do
+    if "$@"; then return; fi
+    kill -0 "$pid" 2>/dev/null || break
+    sleep 0.2
+  done
+  fail "$name did not start; see above."
+}
+
+is_healthy() {
+  "$PYTHON" -c 'import sys, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=2)' \
+    "http://$HOST:$PORT/health" 2>/dev/null
+}
+
+end_demo() {
+  trap '' INT TERM HUP
+  kill "${DEMO_PIDS[@]}" 2>/dev/null || true
+  wait
+  rm -rf -- "$DEMO_DIR"
+}
+
+first_chat() {
+  cat <<END
+The demo runs on http://$HOST:$PORT until you press Ctrl-C, with a stand-in in place of an agent.
+Paste this into another terminal for a first chat:
+
+END
+  printf "URL='http://%s:%s'\n" "$HOST" "$PORT"
+  cat <<'END'
+JSON='Content-Type: application/json'
+EMAIL="demo-$RANDOM$RANDOM@example.com"
+# an account
+TOKEN=$(curl -sS "$URL/auth/signup" -H "$JSON" -d '{"email": "'$EMAIL'", "password": "correct horse"}' | sed -E 's/.*"access_token": *"([^"]+)".*/\1/')
+# a project
+PROJECT=$(curl -sS "$URL/projects" -H "Authorization: Bearer $TOKEN" -H "$JSON" -d '{"name": "First project"}' | sed -E 's/.*"id": *([0-9]+).*/\1/')
+# a session in it
+SESSION=$(curl -sS "$URL/projects/$PROJECT/sessions" -H "Authorization: Bearer $TOKEN" -H "$JSON" -d '{}' | sed -E 's/.*"session_key": *"([^"]+)".*/\1/')
+# a message, and the reply as it arrives
+curl -sSN "$URL/chat/stream" -H "Authorization: Bearer $TOKEN" -H "$JSON" -d '{"session_key": "'$SESSION'", "messages": [{"role": "user", "content": "Good morning. Who are you?"}]}'
+
+END
+}
+
+main() {
+  NAME=start-backend.sh KIND=production USUAL_PORT=8002 HOST=0.0.0.0 BRANCHES="branch main" EXAMPLE="production main"
+  if [[ ${1:-} == --as-development ]]; then
+    NAME=start-backend-dev.sh KIND=development USUAL_PORT=8001 EXAMPLE="work feature/work"
+    BRANCHES="branches feature/*, fix/*, development and development/*"
+    shift
+  fi
+  read_options "$@"
+  [[ -z $DEMO ]] || HOST=127.0.0.1
+  cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+  find_python
+  [[ -n $DEMO ]] || check_branch
+  refresh_venv
+  check_port
+  [[ -z $CHECK ]] || return 0
+  if [[ -n $DEMO ]]; then demo; else serve; fi
+}
+
+main "$@"

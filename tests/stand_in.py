@@ -1,0 +1,561 @@
+"""A small OpenClaw gateway over real loopback HTTP, for the tests and for `start-backend.sh --demo`.
+
+It answers in the shapes of the real one (package `openclaw` 2026.9.6) and needs nothing that the service does
+not need. A directive in the newest user message, `[[key=value key=value]]`, makes it misbehave: see `Plan`.
+As a program: `python -m tests.stand_in --help`.
+"""
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+Json = dict[str, Any]
+
+NO_RESPONSE = "No response from OpenClaw."
+MAX_BODY = 20 * 1024 * 1024
+USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+STORED_USAGE = {"input": 10, "output": 5, "totalTokens": 15}
+DIRECTIVE = re.compile(r"\[\[(\w+=[^\[\]]*)\]\]")
+MODEL = re.compile(r"openclaw(?:/default)?|(?:openclaw[:/]|agent:)([a-z0-9][a-z0-9_-]{0,63})")
+DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.S)
+PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp", re.S)
+# Two characters a word at least; most take several bytes each, so that a cut is likely to hit one.
+WORDS = ("Hello ", "naïve ", "Grüße, ", "日本語", "👩‍👩‍👧‍👦", '"C:\\dir" ', "a\n\nb", "x\u2028y", "n\u0303 ", "€ ")
+DEMO = (
+    "Hello! I am the demo stand-in: there is no OpenClaw gateway and no agent behind me. You wrote: “{text}”. "
+    "That was message {number} of this conversation, and {images} picture(s) came with it. A real agent would "
+    "think about it now; I only show how a reply arrives, word by word. To talk to a real one, set "
+    "CLAWDBOT_BASE_URL and CLAWDBOT_TOKEN and start without --demo."
+)
+ERRORS = {
+    400: ("Unknown agent 'nope'.", "invalid_request_error"),
+    401: ("Unauthorized", "unauthorized"),
+    413: ("Payload too large", "invalid_request_error"),
+    429: ("Too many failed authentication attempts. Please try again later.", "rate_limited"),
+}
+PLAIN_ERRORS = {404: "Not Found", 503: "Service Unavailable"}
+FAILED: Json = {"error": {"message": "internal error", "type": "api_error"}}
+BAD_IMAGE = "Invalid image_url content in `messages`."
+# What `[[end=...]]` may say: OpenClaw itself holds the run for done; the body is this and no more; the rest.
+COMPLETE = ("done", "no_done", "empty", "blank", "surrogates")
+BODIES = {
+    "garbage": b"\x00\xffnothing that resembles\xfe an event stream\r\r\n{]",
+    "html": b"<!doctype html><title>Welcome</title><h1>Some other server</h1>",
+}
+ENDS = (*COMPLETE, *BODIES, "eof", "drop", "error", "hang", "badjson")
+
+
+class RefusedError(Exception):
+    """A request that OpenClaw answers with an error of its own."""
+
+    def __init__(self, status: int, message: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message or ERRORS.get(status, ("internal error",))[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a message's directive asks for. Times are in seconds, `size` counts characters, `big` bytes."""
+
+    chunks: int = 10
+    size: int = 12
+    delay: float = 0.0
+    first: float = 0.0
+    seed: int = 0
+    end: str = "done"
+    status: int = 200
+    big: int = 0
+    split: int = 0
+    crlf: int = 0
+    comments: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> "Plan":
+        """The plan in a message. Raises RefusedError for an unknown directive: a test may have misspelt it."""
+        kinds = {name: type(value) for name, value in vars(cls()).items()}
+        given = [pair.partition("=") for block in DIRECTIVE.findall(text) for pair in block.split()]
+        try:
+            plan = cls(**{key: kinds[key](value) for key, _, value in given})
+        except (KeyError, ValueError) as error:
+            raise RefusedError(400, f"The stand-in has no such directive: {error}") from None
+        if plan.end not in ENDS:
+            raise RefusedError(400, f"The stand-in has no such end: {plan.end}")
+        return plan
+
+    def pieces(self) -> list[str]:
+        """The contents of the chunks, the same for the same plan."""
+        if self.end in ("empty", "blank"):
+            return [NO_RESPONSE] * (self.end == "empty")
+        if self.big:
+            return ["é" * (self.big // 2) + "e" * (self.big % 2)]
+        total = self.chunks * self.size
+        choices = hashlib.shake_256(str(self.seed).encode()).digest(total // 2 + 1)
+        text = "".join(WORDS[choice % len(WORDS)] for choice in choices)
+        pieces = [text[start : start + self.size] for start in range(0, total, self.size)]
+        if self.end == "surrogates":
+            pieces[len(pieces) // 2 : len(pieces) // 2] = ["\ud83d", "\ude00"]
+        return pieces
+
+
+def reply_text(directive_text: str, number: int = 1, images: Sequence[bytes] = ()) -> str:
+    """The whole reply to a message, the `number`th of its conversation, as a client must have it."""
+    return _joined(_pieces(directive_text, number, images, demo=False))
+
+
+def _pieces(text: str, number: int, images: Sequence[bytes], demo: bool) -> list[str]:
+    if DIRECTIVE.search(text):
+        return Plan.of(text).pieces()
+    pictures = "".join(f" [image {hashlib.sha256(image).hexdigest()[:12]}]" for image in images)
+    said = f"You said: {text} (message {number} of this conversation){pictures}"
+    reply = DEMO.format(text=text[:200], number=number, images=len(images)) if demo else said
+    return re.findall(r"\s*\S+|\s+$", reply)
+
+
+def _joined(pieces: list[str]) -> str:
+    return "".join(pieces).encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+@dataclass
+class Received:
+    """A chat request as it came; `at` is `time.time()`."""
+
+    headers: dict[str, str]
+    body: Json
+    text: str
+    session_key: str
+    at: float = field(default_factory=time.time)
+
+
+@dataclass
+class Run:
+    """An agent's run; `sent` counts the characters handed to the connection.
+
+    `aborted` means that its caller left, `failed` that it ended without a reply of its own accord.
+    """
+
+    session_key: str
+    text: str
+    model: str
+    run_id: str = field(default_factory=lambda: f"chatcmpl_{uuid.uuid4()}")
+    state: Literal["running", "complete", "aborted", "failed"] = "running"
+    sent: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def frame(self, kind: str, choices: list[Json], usage: Json | None = None) -> Json:
+        """A completion, or a chunk of one."""
+        head = {"id": self.run_id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "choices": choices} | ({"usage": usage} if usage else {})
+
+    def chunk(self, delta: Json, finish_reason: str | None = None) -> bytes:
+        """A chunk as an event of the stream."""
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return _event(self.frame("chat.completion.chunk", [choice]))
+
+
+def _encoded(data: Json) -> bytes:
+    """JSON as JavaScript writes it: nothing escaped that need not be, except half a surrogate pair."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def _event(data: Json) -> bytes:
+    return b"data: " + _encoded(data) + b"\n\n"
+
+
+async def _refusal(_: Request, refused: Exception) -> Response:
+    status, message = (refused.status, refused.message) if isinstance(refused, RefusedError) else (500, "")
+    if status in PLAIN_ERRORS:
+        return PlainTextResponse(PLAIN_ERRORS[status], status)
+    kind = ERRORS.get(status, ("", "api_error"))[1]
+    headers = {"Retry-After": "7"} if status == 429 else None
+    return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
+
+
+def _newest(messages: list[Json]) -> tuple[str, list[bytes]]:
+    """Text and pictures of the newest user message. Raises RefusedError in OpenClaw's words."""
+    content = next((item["content"] for item in reversed(messages) if item["role"] == "user"), "")
+    parts: list[Json] = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+    images = [_picture(part["image_url"]["url"]) for part in parts if part["type"] == "image_url"]
+    if not text.strip() and not images:
+        raise RefusedError(400, "Missing user message in `messages`.")
+    if len(images) > 8:
+        raise RefusedError(400, BAD_IMAGE)
+    return text, images
+
+
+def _picture(url: str) -> bytes:
+    encoded = DATA_URL.fullmatch(url)
+    with contextlib.suppress(ValueError):
+        data = base64.b64decode(encoded[1] if encoded else "", validate=True)
+        if PICTURE.match(data):
+            return data
+    raise RefusedError(400, BAD_IMAGE)
+
+
+async def _wire(plan: Plan, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The frames as the plan wants them on the wire."""
+    async for frame in frames:
+        data = b": a comment\n\n: another\n" + frame if plan.comments else frame
+        data = data.replace(b"\n", b"\r\n") if plan.crlf else data
+        step = plan.split or len(data)
+        for start in range(0, len(data), step):
+            yield data[start : start + step]
+            await asyncio.sleep(0)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Answer(StreamingResponse):
+    """A run's body. A caller who leaves ends the run; `over(left)` is called whatever the end."""
+
+    def __init__(self, body: AsyncIterator[bytes], kind: str, cut: bool, over: Callable[[bool], None]) -> None:
+        super().__init__(body, headers={"Cache-Control": "no-cache"}, media_type=kind)
+        self._cut = cut
+        self._over = over
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._over(leaving.done() and not sending.done())
+            leaving.cancel()
+            sending.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sending
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for data in self.body_iterator:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        if not self._cut:  # uvicorn closes the connection of a response that was left without its end
+            await send({"type": "http.response.body", "body": b""})
+
+
+class _Server(uvicorn.Server):
+    """Ends within milliseconds: a test makes many of these, and a gateway that dies waits for nobody."""
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # noqa: ASYNC110 - a signal handler sets uvicorn's flag, not an event
+            await asyncio.sleep(0.01)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
+
+class StandIn:
+    """The gateway, in a thread of its own: `with StandIn() as gateway: ... gateway.url ...`.
+
+    It may be stopped and started again on its port; its sessions outlive that, as OpenClaw's do.
+    `requests`, `runs` and `deleted` grow in the order of what happens; `sessions` holds the transcripts.
+    """
+
+    def __init__(self, port: int = 0, token: str = "stand-in", *, demo: bool = False) -> None:  # noqa: S107
+        self.host = "127.0.0.1"
+        self.port = port
+        self.token = token
+        self.demo = demo
+        self.agents = ["main"]
+        self.endpoint_enabled = True
+        self.requests: list[Received] = []
+        self.runs: list[Run] = []
+        self.sessions: dict[str, list[Json]] = {}
+        self.deleted: list[str] = []
+        self._busy: set[str] = set()
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address, without a trailing slash."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def completed(self) -> list[Run]:
+        """The runs that ended with a reply."""
+        return [run for run in self.runs if run.state == "complete"]
+
+    @property
+    def aborted(self) -> list[Run]:
+        """The runs whose callers left."""
+        return [run for run in self.runs if run.state == "aborted"]
+
+    def __enter__(self) -> "StandIn":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serves from a thread; returns once it does. Raises OSError if the port is taken."""
+        self._server, listener = self.bind()
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.002)
+
+    def stop(self) -> None:
+        """Ends at once and cuts what streams; harmless when it does not run."""
+        if self._server and self._thread:
+            self._server.should_exit = True
+            self._thread.join()
+        self._server = self._thread = None
+
+    def bind(self) -> tuple[uvicorn.Server, socket.socket]:
+        """A server and the socket it is to serve, which is bound and says the port."""
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/startupz", lambda _: JSONResponse({"ok": True, "status": "started", "version": "stand-in"})),
+            Route("/healthz", lambda _: JSONResponse({"ok": True, "status": "live"})),
+            Route("/_requests", self._list_runs),
+            WebSocketRoute("/", self._websocket),
+        ]
+        app = Starlette(routes=routes, exception_handlers={RefusedError: _refusal})
+        # Nothing is logged: what a plan breaks on purpose would look like a fault in a test's output.
+        quiet: Json = {"log_config": None, "log_level": "critical", "access_log": False}
+        server = _Server(uvicorn.Config(app, lifespan="off", **quiet))
+        listener = socket.create_server((self.host, self.port))
+        self.port = listener.getsockname()[1]
+        return server, listener
+
+    def _check(self, request: Request) -> None:
+        if not self.endpoint_enabled:
+            raise RefusedError(404)
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            raise RefusedError(401)
+
+    async def _models(self, request: Request) -> Response:
+        self._check(request)
+        names = ["openclaw", "openclaw/default", *(f"openclaw/{agent}" for agent in self.agents)]
+        rest = {"object": "model", "created": 0, "owned_by": "openclaw", "permission": []}
+        return JSONResponse({"object": "list", "data": [{"id": name, **rest} for name in names]})
+
+    async def _list_runs(self, _: Request) -> Response:
+        shown = ("session_key", "text", "run_id", "state", "sent")
+        return JSONResponse([{name: getattr(run, name) for name in shown} for run in self.runs])
+
+    async def _chat(self, request: Request) -> Response:
+        self._check(request)
+        raw = await request.body()
+        if len(raw) > MAX_BODY:
+            raise RefusedError(413)
+        body = json.loads(raw)
+        key = self._session_key(body, request.headers.get("x-openclaw-session-key"))
+        text, images = _newest(body["messages"])
+        self.requests.append(Received(dict(request.headers), body, text, key))
+        plan = Plan.of(text)
+        if plan.status != 200:
+            raise RefusedError(plan.status)
+        await self._claim(key)
+        run = Run(key, text, body["model"])
+        self.runs.append(run)
+        number = self._record(key, role="user", content=text)
+        return self._answer(run, plan, _pieces(text, number, images, self.demo), body)
+
+    async def _claim(self, key: str) -> None:
+        if key in self._busy:
+            await asyncio.sleep(0.02)  # a caller who left just now may not have been noticed yet
+        if key in self._busy:
+            raise RefusedError(500)
+        self._busy.add(key)
+
+    def _answer(self, run: Run, plan: Plan, pieces: list[str], body: Json) -> Response:
+        def over(left: bool) -> None:
+            self._busy.discard(run.session_key)
+            if run.state == "running":
+                run.state = "aborted" if left else "failed"
+
+        if body.get("stream"):
+            with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            frames, kind = self._stream(run, plan, pieces, with_usage), "text/event-stream"
+        else:
+            frames, kind = self._completion(run, plan, pieces), "application/json"
+        kind = "text/html" if plan.end == "html" else kind
+        return _Answer(_wire(plan, frames), kind, plan.end == "drop", over)
+
+    async def _stream(self, run: Run, plan: Plan, pieces: list[str], with_usage: bool) -> AsyncIterator[bytes]:
+        if plan.end in BODIES:
+            yield BODIES[plan.end]
+            return
+        yield run.chunk({"role": "assistant"})
+        await asyncio.sleep(plan.first)
+        for index, piece in enumerate(pieces):
+            await asyncio.sleep((plan.delay or 0.03 * self.demo) if index else 0)
+            run.sent += len(piece)
+            yield run.chunk({"content": piece})
+        if plan.end == "hang":
+            await asyncio.Event().wait()
+        elif plan.end == "drop":
+            yield run.chunk({"content": "é"})[:-12]
+        elif plan.end == "error":
+            yield _event(FAILED) + b"data: [DONE]\n\n"
+        elif plan.end == "badjson":
+            yield b'data: {"id":"chatcmpl_\n\n'
+        if plan.end in COMPLETE:
+            self._complete(run, pieces)
+        if plan.end in (*COMPLETE, "badjson"):
+            yield run.chunk({}, "stop")
+            if with_usage:
+                yield _event(run.frame("chat.completion.chunk", [], USAGE))
+            if plan.end != "no_done":
+                yield b"data: [DONE]\n\n"
+
+    async def _completion(self, run: Run, plan: Plan, pieces: list[str]) -> AsyncIterator[bytes]:
+        await asyncio.sleep(plan.first + plan.delay * len(pieces))
+        if plan.end == "hang":
+            await asyncio.Event().wait()
+        message = {"role": "assistant", "content": _joined(pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        whole = _encoded(run.frame("chat.completion", [choice], USAGE))
+        if plan.end in COMPLETE:
+            self._complete(run, pieces)
+            yield whole
+        else:
+            yield BODIES.get(plan.end, _encoded(FAILED) if plan.end == "error" else whole[:-20])
+
+    def _session_key(self, body: Json, header: str | None) -> str:
+        named = MODEL.fullmatch(str(body.get("model")).lower())
+        if not named:
+            raise RefusedError(400, "Invalid `model`. Use `openclaw` or `openclaw/<agentId>`.")
+        agent = named[1] or self.agents[0]
+        if agent not in self.agents:
+            raise RefusedError(400, f"Unknown agent '{agent}'.")
+        user = (body.get("user") or "").strip().lower()
+        key = header or f"agent:{agent}:" + (f"openai-user:{user}" if user else f"openai:{uuid.uuid4()}")
+        if not key.startswith(f"agent:{agent}:"):
+            raise RefusedError(400, f"The session key '{key}' is not one of agent '{agent}'.")
+        return key
+
+    def _complete(self, run: Run, pieces: list[str]) -> None:
+        text = "" if pieces == [NO_RESPONSE] else _joined(pieces)
+        content = [{"type": "text", "text": text}] if text else []
+        rest: Json = {"content": content, "stopReason": "stop", "usage": STORED_USAGE}
+        self._record(run.session_key, {"runId": run.run_id}, role="assistant", **rest)
+        run.state = "complete"
+
+    def _record(self, key: str, marks: Json | None = None, **item: Any) -> int:
+        """Appends to the transcript; says how many messages the user has in it."""
+        items = self.sessions.setdefault(key, [])
+        marks = {**(marks or {}), "id": uuid.uuid4().hex[:8], "seq": len(items) + 1}
+        items.append({**item, "timestamp": int(time.time() * 1000), "__openclaw": marks})
+        return sum(item["role"] == "user" for item in items)
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        await websocket.accept()
+        challenge = {"nonce": str(uuid.uuid4()), "ts": int(time.time() * 1000)}
+        await websocket.send_json({"type": "event", "event": "connect.challenge", "payload": challenge})
+        connected = False
+        async for text in websocket.iter_text():
+            request = json.loads(text)
+            answer: Json = {"type": "res", "id": request["id"], "ok": True}
+            try:
+                if not connected and request["method"] != "connect":
+                    raise RefusedError(400, "invalid handshake: first request must be connect")
+                answer["payload"] = self._call(request["method"], request.get("params") or {})
+                connected = True
+            except RefusedError as refused:
+                answer |= {"ok": False, "error": {"code": "INVALID_REQUEST", "message": refused.message}}
+            await websocket.send_json(answer)
+            if not connected:
+                await websocket.close(1008)
+                return
+
+    def _call(self, method: str, params: Json) -> Json:
+        match method:
+            case "connect":
+                if (params.get("auth") or {}).get("token") != self.token:
+                    raise RefusedError(401, "unauthorized: gateway token mismatch (provide gateway auth token)")
+                return {"type": "hello-ok", "protocol": 4, "server": {"version": "stand-in"}}
+            case "sessions.delete":
+                self.deleted.append(params["key"])
+                known = self.sessions.pop(params["key"], None) is not None
+                return {"ok": True, "key": params["key"], "deleted": known}
+            case "sessions.list":
+                keys = list(self.sessions)[: params.get("limit")]
+                return {"count": len(keys), "sessions": [{"key": key} for key in keys]}
+            case "chat.history":
+                cap, limit = params.get("maxChars", 8000), params.get("limit", 200)
+                if cap > 500_000:
+                    raise RefusedError(400, "invalid chat.history params: at /maxChars: must be <= 500000")
+                items = self.sessions.get(params["sessionKey"], [])[-limit:]
+                return {"sessionKey": params["sessionKey"], "messages": [_shown(item, cap) for item in items]}
+        raise RefusedError(400, f"unknown method: {method}")
+
+
+def _shown(item: Json, cap: int) -> Json:
+    """An item as `chat.history` shows it: a text of more than `cap` UTF-16 units is cut and marked."""
+    by_user = item["role"] == "user"
+    text = item["content"] if by_user else "".join(part["text"] for part in item["content"])
+    units = text.encode("utf-16-le")
+    if len(units) <= 2 * cap:
+        return item
+    cut = units[: 2 * cap].decode("utf-16-le", "ignore") + "\n...(truncated)..."
+    content = cut if by_user else [{"type": "text", "text": cut}]
+    return {**item, "content": content, "__openclaw": {**item["__openclaw"], "truncated": True}}
+
+
+def main() -> None:
+    """Serves as a program, until SIGINT or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m tests.stand_in", description=__doc__.partition("\n")[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0, the default, takes a free one")
+    parser.add_argument("--token", default="stand-in")
+    parser.add_argument("--demo", action="store_true", help="talk like a friendly demo, a word every 30 ms")
+    parser.add_argument("--port-file", type=Path, help="write the port into this file once it listens")
+    options = parser.parse_args()
+    stand_in = StandIn(options.port, options.token, demo=options.demo)
+    stand_in.host = options.host
+    try:
+        server, listener = stand_in.bind()
+    except OSError as error:
+        sys.exit(f"The stand-in gateway cannot listen on {stand_in.url}: {os.strerror(error.errno or 0)}")
+    if options.port_file:
+        partial = options.port_file.with_suffix(".partial")
+        partial.write_text(f"{stand_in.port}\n")
+        partial.replace(options.port_file)
+    sys.stdout.write(f"stand-in gateway on {stand_in.url}\n")
+    sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([listener])
+
+
+if __name__ == "__main__":
+    main()
