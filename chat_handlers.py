@@ -204,7 +204,11 @@ async def chat(
     reply = await _begin(body, user, parts, idempotency_key)
     if body.stream:
         return await _stream(reply, parts)
-    await reply.finished()
+    try:
+        await reply.finished()
+    except asyncio.CancelledError:  # the server ends; whoever runs the turn then sees it through
+        message = "The service is restarting: the reply is in the session's messages in a moment."
+        raise errors.Interrupted(message, retryable=True, retry_after=2, message_id=reply.id) from None
     _raise_failure(reply)
     response.headers.update(_message_ids(reply))
     return ChatOut(
@@ -235,7 +239,7 @@ async def _begin(body: ChatIn, user: database.User, parts: Parts, key: str | Non
 
 async def _stream(reply: LiveReply, parts: Parts) -> Response:
     """The response, once there is text or a moment has passed; what has failed before that is raised."""
-    until = time.monotonic() + FIRST_BYTE
+    until = time.monotonic() + min(FIRST_BYTE, parts.settings.ping_seconds)
     while reply.length == 0 and not reply.is_final and (left := until - time.monotonic()) > 0:
         await reply.change(left)
     if reply.length == 0:

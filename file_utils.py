@@ -113,7 +113,7 @@ def move(source: Path, target: Path) -> None:
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents where they are missing. Raises errors.Unavailable, errors.Invalid."""
     with _explained():
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             with _opened(folder.parent, _OWN_FOLDER) as parent:

@@ -9,7 +9,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,12 @@ MAX_IMAGES = 8  # the contract's limits, which are OpenClaw's too (docs/gateway/
 MAX_BYTES = 10 * 1024 * 1024
 MAX_TOTAL = 20 * 1024 * 1024
 MAX_PIXELS = 64 * 1024 * 1024  # of one frame: some 300 MB in memory
-MAX_FRAMES_PIXELS = 16 * MAX_PIXELS  # of all frames, which nobody decodes at once
-MAX_SCANS = 100  # a JPEG has some 10; each costs a walk over all pixels, and 20 bytes are enough for one
+MAX_WORK = 16 * MAX_PIXELS  # pixels of all frames, or of a JPEG's scans: some 10 of them, each over all pixels
+MAX_SEGMENTS = 1000  # of a JPEG; 2.6 million empty ones fit in 10 MB and cost Pillow 16 s and 700 MB
+MAX_PROFILE = 64 * 1024  # bytes; a display's colour profile has under 4 KB
 
 _MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png", "gif": "image/gif", "webp": "image/webp"}
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "HEIF": "jpg"}
-_ANIMATED = ("PNG", "GIF", "WEBP")
 _SIGNATURES = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -36,6 +36,7 @@ _SIGNATURES = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "HEIF": re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL),
 }
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # but those that stand within a scan's data
 _DATA_URL = re.compile(r"\s*data:[^,]{0,255};\s*base64\s*,", re.IGNORECASE)
 _WEB_URL = re.compile(r"\s*https?:", re.IGNORECASE)
 _SESSION_KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -103,8 +104,8 @@ class ImageStore:
     """The pictures on disk, as `<session_key>/<sha256>.<extension>` below a root, and the URLs that show them."""
 
     def __init__(self, root: Path, secret: bytes) -> None:
-        self._root = root
-        self._incoming = root / "incoming"
+        self._root = root.resolve()  # the operator may link it to another disk
+        self._incoming = self._root / "incoming"
         self._key = hmac.digest(secret, b"image-url", "sha256")
 
     def stage(self, images: Sequence[Image]) -> list[Staged]:
@@ -151,8 +152,9 @@ class ImageStore:
         """Removes staged images that are older than so many seconds: a crash left them."""
         if self._incoming.exists():
             for path in self._incoming.iterdir():
-                if path.stat().st_mtime < time.time() - older_than:
-                    file_utils.remove_tree(path)
+                with suppress(FileNotFoundError):  # published meanwhile
+                    if path.stat().st_mtime < time.time() - older_than:
+                        file_utils.remove_tree(path)
 
     def sign(self, image_id: int, file: str, now: float) -> str:
         """The path and query under which a browser loads an image for the next 24 to 48 hours.
@@ -216,8 +218,13 @@ def _image(data: bytes, label: str, budget: int) -> Image:
         message = f"{label} is not of a type that is taken: send JPEG, PNG, GIF, WebP or HEIC."
         raise errors.Unsupported(message, code="unsupported_image")
     with _judged(label):
+        scans = _scans(data) if kind == "JPEG" else 1
         with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:
-            _check_size(picture, kind, data, label)
+            # the further pictures in a JPEG or HEIC are no frames, and are not decoded
+            frames = int(getattr(picture, "n_frames", 1)) if kind in ("PNG", "GIF", "WEBP") else 1
+            pixels = picture.width * picture.height
+            if pixels > MAX_PIXELS or pixels * scans * frames > MAX_WORK:
+                raise _too_many_pixels(label)
             picture.verify()
         with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:  # `verify` leaves nothing to decode
             picture.load()
@@ -229,7 +236,7 @@ def _image(data: bytes, label: str, budget: int) -> Image:
 def _judged(label: str) -> Iterator[None]:
     try:
         yield
-    except errors.AppError:
+    except (errors.AppError, MemoryError):
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(label) from error
@@ -241,34 +248,42 @@ def _too_many_pixels(label: str) -> errors.TooLarge:
     return _too_large(f"{label} has over 64 megapixels, or too many frames: send a smaller one")
 
 
-def _check_size(picture: PIL.Image.Image, kind: str, data: bytes, label: str) -> None:
-    """Refuses, by its header, what is small in bytes and huge once decoded."""
-    pixels = picture.width * picture.height
-    frames = int(getattr(picture, "n_frames", 1)) if kind in _ANIMATED else 1
-    if pixels > MAX_PIXELS or pixels * frames > MAX_FRAMES_PIXELS:
-        raise _too_many_pixels(label)
-    if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise _invalid(f"{label} is not a JPEG as cameras and programs make them: save it again and send that")
+def _scans(data: bytes) -> int:
+    """How often a JPEG goes over its pixels. What phones put behind its end, a film say, does not count.
+
+    Raises ValueError for one with more segments than anything makes.
+    """
+    position = scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None or marker[0] == b"\xff\xd9":
+            return scans
+        scans += marker[0] == b"\xff\xda"
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    raise ValueError("too many segments")
 
 
 def _jpeg(picture: PIL.Image.Image, budget: int) -> bytes:
-    """The picture, which pillow_heif has turned upright, as JPEG of at most `budget` bytes.
+    """The picture as JPEG of at most `budget` bytes. pillow_heif has turned it upright, by `irot` as HEIF has it.
 
-    HEIC is half as big as JPEG: what the client may send must be what OpenClaw takes. 1,024 pixels a side stay.
+    JPEG takes twice the bytes of HEIC, and what a client may send must be what OpenClaw takes. So that a small
+    budget leaves something to see, it is overdrawn rather than going below 1,024 pixels.
     """
-    picture = picture.convert("L" if picture.mode in ("L", "LA") else "RGB")
-    profile = picture.info.get("icc_profile")
+    if picture.mode not in ("L", "RGB"):
+        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
     for quality in (90, 75, 60):
-        data = _saved(picture, quality, profile)
+        data = _saved(picture, quality)
         if len(data) <= budget:
             return data
-    while len(data) > budget and max(picture.size) > 2048:
+    while len(data) > budget and max(picture.size) >= 2048:
         picture = picture.reduce(2)
-        data = _saved(picture, 60, profile)
+        data = _saved(picture, 60)
     return data
 
 
-def _saved(picture: PIL.Image.Image, quality: int, profile: bytes | None) -> bytes:
+def _saved(picture: PIL.Image.Image, quality: int) -> bytes:
+    """A JPEG with the colour profile and nothing else: what EXIF tells, such as the place, stays behind."""
+    profile = picture.info.get("icc_profile") or b""
     output = io.BytesIO()
-    picture.save(output, "JPEG", quality=quality, icc_profile=profile)
+    picture.save(output, "JPEG", quality=quality, icc_profile=profile if len(profile) <= MAX_PROFILE else None)
     return output.getvalue()

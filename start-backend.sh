@@ -173,7 +173,8 @@ demo() {
   DEMO_PIDS+=($!)
   wait_for $! "The service" is_healthy
   first_chat
-  wait -n "${DEMO_PIDS[@]}" || true
+  # `wait -n` would miss one that ended just before it.
+  while kill -0 "${DEMO_PIDS[0]}" 2>/dev/null && kill -0 "${DEMO_PIDS[1]}" 2>/dev/null; do sleep 0.2; done
   fail "The demo ended by itself; see above."
 }
 

@@ -226,18 +226,20 @@ class Stream:
         error: JSON | None = self.frames[-1].get("error")
         return error
 
-    def read(self, *, to_first_text: bool = False) -> Self:
-        """Reads to the end, or until the first text is there."""
+    def read(self, *, to_first_text: bool = False, one_frame: bool = False) -> Self:
+        """Reads to the end, or until the first text is there, or one frame more."""
+        frames = len(self.frames)
         heard = time.monotonic()
         for line in self._lines:
             self.longest_gap = max(self.longest_gap, time.monotonic() - heard)
             heard = time.monotonic()
-            self._take(line)
-            if to_first_text and self.text:
+            self.take(line)
+            if (to_first_text and self.text) or (one_frame and len(self.frames) > frames):
                 break
         return self
 
-    def _take(self, line: str) -> None:
+    def take(self, line: str) -> None:
+        """A line of the stream."""
         if line.startswith(":"):
             self.comments += 1
         elif line.startswith("id: "):

@@ -45,9 +45,9 @@ PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|..
 WORDS = ("Hello ", "naïve ", "Grüße, ", "日本語", "👩‍👩‍👧‍👦", '"C:\\dir" ', "a\n\nb", "x\u2028y", "n\u0303 ", "€ ")
 DEMO = (
     "Hello! I am the demo stand-in: there is no OpenClaw gateway and no agent behind me. You wrote: “{text}”. "
-    "That was message {number} of this conversation, and {images} picture(s) came with it. A real agent would "
-    "think about it now; I only show how a reply arrives, word by word. To talk to a real one, set "
-    "CLAWDBOT_BASE_URL and CLAWDBOT_TOKEN and start without --demo."
+    "That was message {number} of this conversation.{seen} A real agent would think about it now; "
+    "I only show how a reply arrives, word by word. To talk to a real one, set CLAWDBOT_BASE_URL and CLAWDBOT_TOKEN "
+    "and start without --demo."
 )
 ERRORS = {
     400: ("Unknown agent 'nope'.", "invalid_request_error"),
@@ -130,7 +130,8 @@ def _pieces(text: str, number: int, images: Sequence[bytes], demo: bool) -> list
         return Plan.of(text).pieces()
     pictures = "".join(f" [image {hashlib.sha256(image).hexdigest()[:12]}]" for image in images)
     said = f"You said: {text} (message {number} of this conversation){pictures}"
-    reply = DEMO.format(text=text[:200], number=number, images=len(images)) if demo else said
+    seen = f" Pictures that came with it: {len(images)}." if images else ""
+    reply = DEMO.format(text=text[:200], number=number, seen=seen) if demo else said
     return re.findall(r"\s*\S+|\s+$", reply)
 
 

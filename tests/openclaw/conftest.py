@@ -1,0 +1,76 @@
+"""What the tests share: one model provider, one gateway and one service for all that do not break them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .gateway import Gateway, OpenClaw
+from .model_provider import ModelProvider
+from .service import Person, Service
+
+
+def pytest_sessionstart() -> None:
+    """Without an OpenClaw the suite fails at once and says what to do; it is never skipped."""
+    try:
+        OpenClaw.of_environment()
+    except LookupError as missing:
+        raise pytest.UsageError(str(missing)) from None
+
+
+@pytest.fixture(scope="session")
+def openclaw() -> OpenClaw:
+    """The installed program."""
+    return OpenClaw.of_environment()
+
+
+@pytest.fixture(scope="session")
+def provider() -> Iterator[ModelProvider]:
+    """The model behind every gateway."""
+    with ModelProvider() as provider:
+        yield provider
+
+
+@pytest.fixture(scope="session")
+def gateway(openclaw: OpenClaw, provider: ModelProvider, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway that no test stops."""
+    with Gateway(openclaw, tmp_path_factory.mktemp("gateway"), provider.url) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def _mortal_gateway(
+    openclaw: OpenClaw, provider: ModelProvider, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    with Gateway(openclaw, tmp_path_factory.mktemp("mortal_gateway"), provider.url) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def mortal_gateway(_mortal_gateway: Gateway) -> Gateway:
+    """A gateway that a test may stop; it runs again for the next one, however that test ended."""
+    _mortal_gateway.start()
+    return _mortal_gateway
+
+
+@pytest.fixture(scope="session")
+def closed_gateway(
+    openclaw: OpenClaw, provider: ModelProvider, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway whose chat endpoint is off, as it is by default."""
+    home = tmp_path_factory.mktemp("closed_gateway")
+    with Gateway(openclaw, home, provider.url, endpoint=False) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="session")
+def service(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that no test stops."""
+    with Service(tmp_path_factory.mktemp("service"), gateway.url, gateway.token) as service:
+        yield service
+
+
+@pytest.fixture
+def person(service: Service) -> Iterator[Person]:
+    """A new user of the shared service."""
+    with service.person() as person:
+        yield person

@@ -1,0 +1,238 @@
+"""Our service as a real process, and a person who uses it over HTTP as the contract says."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from .processes import free_port, tail, until
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+JSON = dict[str, Any]
+
+
+class Service:
+    """`uvicorn app:app` on a free port, with a database and folders of its own."""
+
+    def __init__(self, directory: Path, gateway_url: str, gateway_token: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = directory / "service.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        # Everything is said here: a developer's own `.env` beside the code must not steer a test.
+        self._environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(directory),
+            "PYTHONUNBUFFERED": "1",
+            "DB_PATH": str(directory / "service.db"),
+            "DATA_DIR": str(directory),
+            "PROJECTS_DIR": str(directory / "projects"),
+            "CLAWDBOT_BASE_URL": gateway_url,
+            "CLAWDBOT_TOKEN": gateway_token,
+            "CLAWDBOT_TIMEOUT": "1800",
+            "SIGNUP": "open",
+            "LOG_LEVEL": "INFO",
+        }
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def start(self) -> None:
+        """Starts it and waits until `/health` answers."""
+        command = [sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(self.port)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=CHECKOUT, env=self._environment, stdout=log, stderr=log)
+        try:
+            until(self._serves, 60, "the service's /health")
+        except BaseException:
+            self.kill()
+            raise
+
+    def _serves(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, tail(self.log)
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def freeze(self) -> None:
+        """Holds the process as it is: it neither reads nor writes until it is killed."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def kill(self) -> None:
+        """Ends it by kill -9, as a crash does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def output(self) -> str:
+        """All that it has logged."""
+        return self.log.read_text(errors="replace")
+
+    @contextmanager
+    def person(self) -> Iterator["Person"]:
+        """A newly signed-up user."""
+        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as http:
+            yield Person(http)
+
+
+@dataclass
+class Answer:
+    """What came of one message, streamed or not."""
+
+    status_code: int
+    body: str
+    text: str = ""
+    code: str | None = None
+    headers: httpx.Headers = field(default_factory=httpx.Headers)
+
+
+class Stream:
+    """A streamed reply, read as the contract tells a client to read it."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._lines = response.iter_lines()
+        self.text = ""
+        self.frames: list[JSON] = []
+        self.comments = 0
+        self.done = False
+        self.longest_gap = 0.0
+
+    @property
+    def finish(self) -> str | None:
+        """The last frame's `finish_reason`."""
+        reason: str | None = self.frames[-1]["choices"][0]["finish_reason"]
+        return reason
+
+    def read(self, *, to_first_text: bool = False) -> Self:
+        """Reads to the end, or until the first text is there."""
+        heard = time.monotonic()
+        for line in self._lines:
+            self.longest_gap = max(self.longest_gap, time.monotonic() - heard)
+            heard = time.monotonic()
+            self._take(line)
+            if to_first_text and self.text:
+                break
+        return self
+
+    def _take(self, line: str) -> None:
+        if line.startswith(":"):
+            self.comments += 1
+        elif line == "data: [DONE]":
+            self.done = True
+        elif line.startswith("data: "):
+            frame = json.loads(line.removeprefix("data: "))
+            self.text += frame["choices"][0]["delta"]["content"]
+            self.frames.append(frame)
+
+
+class Person:
+    """A user with a token; every method is one request of the contract."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self.password = secrets.token_urlsafe(12)
+        self.email = f"{secrets.token_hex(8)}@example.com"
+        self._http = http
+        account = self._created("/auth/signup", email=self.email, password=self.password)
+        self.token: str = account["access_token"]
+        http.headers["Authorization"] = f"Bearer {self.token}"
+
+    def _created(self, path: str, **body: str) -> JSON:
+        response = self._http.post(path, json=body)
+        assert response.status_code == 201, response.text
+        made: JSON = response.json()
+        return made
+
+    def project(self, name: str = "A project", description: str = "") -> JSON:
+        """A new project."""
+        return self._created("/projects", name=name, description=description)
+
+    def session(self, project: JSON | None = None, **body: str) -> JSON:
+        """A new session, in a project of its own unless one is given."""
+        return self._created(f"/projects/{(project or self.project())['id']}/sessions", **body)
+
+    def rename(self, project: JSON, **body: str) -> None:
+        """A project's new name or description."""
+        assert self._http.put(f"/projects/{project['id']}", json=body).status_code == 200
+
+    def say(self, session: JSON, text: str, *, image: str | None = None, stream: bool = False) -> Answer:
+        """Sends a message and waits for the whole reply, or for the refusal."""
+        if stream:
+            return self._say_streamed(session, text, image)
+        response = self._http.post("/chat", json=_message(session, text, image))
+        body = response.json()
+        return Answer(response.status_code, response.text, body.get("content", ""), body.get("code"), response.headers)
+
+    def _say_streamed(self, session: JSON, text: str, image: str | None) -> Answer:
+        with self.listen(session, text, image=image) as (response, stream):
+            if response.status_code != 200:
+                body = response.read().decode()
+                return Answer(response.status_code, body, "", json.loads(body)["code"], response.headers)
+            stream.read()
+            assert stream.done
+            assert stream.finish == "stop", stream.frames[-1]
+            return Answer(200, "", stream.text, None, response.headers)
+
+    @contextmanager
+    def listen(self, session: JSON, text: str, *, image: str | None = None) -> Iterator[tuple[httpx.Response, Stream]]:
+        """Sends a message and leaves the reading of the reply to the test; leaving the block closes the tab."""
+        with self._http.stream("POST", "/chat/stream", json=_message(session, text, image)) as response:
+            yield response, Stream(response)
+
+    def messages(self, session: JSON) -> list[JSON]:
+        """All messages of a session, oldest first."""
+        response = self._http.get(f"/sessions/{session['id']}/messages")
+        assert response.status_code == 200, response.text
+        rows: list[JSON] = response.json()
+        return rows
+
+    def reply(self, session: JSON, *states: str) -> JSON | None:
+        """The newest reply of a session, once its status is one of these."""
+        last = self.messages(session)[-1]
+        return last if last["role"] == "assistant" and last["status"] in states else None
+
+    def stop(self, session: JSON) -> bool:
+        """Stops the running reply; tells whether one ran."""
+        response = self._http.post(f"/sessions/{session['id']}/stop")
+        assert response.status_code == 200, response.text
+        stopped: bool = response.json()["stopped"]
+        return stopped
+
+    def delete(self, path: str, **body: str) -> None:
+        """Deletes a session, a project or the account."""
+        response = self._http.request("DELETE", path, json=body or None)
+        assert response.status_code == 200, response.text
+
+    def ready(self) -> httpx.Response:
+        """What `/health/ready` answers."""
+        return self._http.get("/health/ready")
+
+
+def _message(session: JSON, text: str, image: str | None) -> JSON:
+    """The body of `POST /chat` and `POST /chat/stream`."""
+    body: JSON = {
+        "session_key": session["session_key"],
+        "messages": [{"role": "user", "content": text}],
+    }
+    return body | ({"image": image} if image is not None else {})

@@ -1,0 +1,691 @@
+"""Projects, sessions and files as their owner, and as somebody else, meets them."""
+
+import base64
+import http.client
+import json
+import re
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from .conftest import make_settings
+from .service import JSON, Person, Served, until
+from .stand_in import StandIn
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
+UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+LARGEST_ID = 2**63 - 1
+TEN_MB = 10 * 1024 * 1024
+Serve = Callable[..., Served]
+
+
+@pytest.fixture(scope="module")
+def openclaw() -> Iterator[StandIn]:
+    """One gateway for all tests here."""
+    with StandIn() as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, openclaw: StandIn) -> Iterator[Served]:
+    """One app for all tests that do not need one of their own."""
+    with Served(make_settings(tmp_path_factory.mktemp("projects"), openclaw)) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def carol(served: Served) -> Iterator[Person]:
+    """A user whose things no test changes."""
+    with served.person() as person:
+        yield person
+
+
+@pytest.fixture(scope="module")
+def dave(served: Served) -> Iterator[Person]:
+    """Somebody who owns nothing."""
+    with served.person() as person:
+        yield person
+
+
+@pytest.fixture(scope="module")
+def owned(carol: Person) -> dict[str, object]:
+    """The names of Carol's things, as routes want them: a project with a file, a session, a reply, an image."""
+    project = carol.project("Carol's")
+    session = carol.session(project)
+    reply = carol.say(session, "Look", image=PNG)
+    message = carol.messages(session)[0]
+    link = urlsplit(message["image"])
+    return {
+        "project": project["id"],
+        "session": session["id"],
+        "key": session["session_key"],
+        "message": reply.message_id,
+        "image": link.path.rpartition("/")[2],
+    }
+
+
+def rows(app: Served, sql: str, *values: object) -> list[tuple[object, ...]]:
+    """What the database says, asked beside the app."""
+    with closing(sqlite3.connect(app.settings.db_path, timeout=10)) as conn, conn:
+        return conn.execute(sql, values).fetchall()
+
+
+def as_sent(person: Person, method: str, path: str, body: bytes | None = None) -> tuple[int, JSON]:
+    """Status and body of a request whose path goes out just as it is written here: httpx would mend it."""
+    url = urlsplit(str(person.http.base_url))
+    headers = {"Authorization": f"Bearer {person.token}", "Content-Type": "application/json"}
+    with closing(http.client.HTTPConnection(url.netloc, timeout=60)) as connection:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+# --- projects -----------------------------------------------------------------------------------------
+
+
+def test_a_project_is_made_shown_and_listed(served: Served, ada: Person, bob: Person) -> None:
+    """A project has exactly the contract's fields, reads the same by every route, and lists newest first."""
+    assert ada.http.get("/projects").json() == []
+    made = ada.http.post("/projects", json={"name": "  First  ", "description": "What for"})
+    assert made.status_code == 201
+    first = made.json()
+    assert first == {
+        "id": first["id"],
+        "user_id": ada.http.get("/auth/me").json()["id"],
+        "name": "First",
+        "description": "What for",
+        "project_path": first["project_path"],
+        "created_at": first["created_at"],
+    }
+    assert TIME.fullmatch(first["created_at"])
+    others = [ada.http.post("/projects", json={"name": name}).json() for name in ("Second", "Third")]
+    assert others[0]["description"] is None
+    bob.project()
+    assert ada.http.get("/projects").json() == [*reversed(others), first]
+    assert ada.http.get(f"/projects/{first['id']}").json() == first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../../escaped", "/etc", "..", ".", "a/b", "a\\b", "C:", "-rf", "~", "$HOME", "a\nb", "\0", "\u202e", "🦞"),
+        *("x" * 200, "é" * 200, "日" * 200, "Ｆｕｌｌ", "CON", ".git", "'; DROP TABLE projects; --"),
+    ],
+)
+def test_a_projects_folder_is_one_of_its_own(served: Served, ada: Person, name: str) -> None:
+    """Whatever its name, a project gets a new folder right below `PROJECTS_DIR`, with a README that tells it."""
+    projects = [ada.project(name, "In short") for _ in range(2)]
+    folders = [Path(project["project_path"]) for project in projects]
+    assert [project["name"] for project in projects] == [name, name]
+    assert folders[0] != folders[1]
+    for folder in folders:
+        assert folder.resolve().parent == served.settings.projects.resolve()
+        assert [path.name for path in folder.iterdir()] == ["README.md"]
+        about = (folder / "README.md").read_text()
+        assert name in about and "In short" in about
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *({}, {"name": ""}, {"name": " \n\t"}, {"name": None}, {"name": 7}, {"name": ["x"]}, {"name": "x" * 201}),
+        {"name": "x", "description": "x" * 4001},
+    ],
+)
+def test_a_project_needs_a_name_of_some_length(ada: Person, served: Served, body: JSON) -> None:
+    """A name that is missing, blank or too long makes neither a row nor a folder."""
+    before = set(served.settings.projects.iterdir()) if served.settings.projects.exists() else set()
+    answer = ada.http.post("/projects", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert ada.http.get("/projects").json() == []
+    assert before == (set(served.settings.projects.iterdir()) if served.settings.projects.exists() else set())
+
+
+@pytest.mark.parametrize("what", ["is a file", "lies below a file"])
+def test_without_a_folder_there_is_no_project(serve: Serve, tmp_path: Path, what: str) -> None:
+    """Where the folder cannot be made, the answer says that the disk is to blame, and nothing is left behind."""
+    projects = tmp_path / "taken"
+    app = serve(projects_dir=projects if what == "is a file" else projects / "below")
+    with app.person() as ada:
+        projects.write_text("in the way")
+        answer = ada.http.post("/projects", json={"name": "Nowhere"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "disk_unavailable")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert ada.http.get("/projects").json() == []
+        assert rows(app, "SELECT (SELECT count(*) FROM projects), (SELECT count(*) FROM outbox)") == [(0, 0)]
+        projects.unlink()
+        assert Path(ada.project("Somewhere")["project_path"], "README.md").exists()
+
+
+def test_a_project_is_changed_by_what_the_body_names(ada: Person) -> None:
+    """A rename keeps the folder and all that is not named; null changes nothing."""
+    project = ada.project("Before", "Words")
+    path = f"/projects/{project['id']}"
+    for body, expected in (
+        ({"name": " After "}, {**project, "name": "After"}),
+        ({"description": ""}, {**project, "name": "After", "description": ""}),
+        ({"name": None, "description": None}, {**project, "name": "After", "description": ""}),
+        ({}, {**project, "name": "After", "description": ""}),
+    ):
+        assert ada.http.put(path, json=body).json() == expected
+        assert ada.http.get(path).json() == expected
+    assert ada.http.put(path, json={"name": " "}).status_code == 422
+    assert Path(project["project_path"]).is_dir()
+
+
+def test_deleting_a_project_deletes_all_that_is_in_it(served: Served, openclaw: StandIn, ada: Person) -> None:
+    """Rows, images, folder and gateway sessions go, a running reply is stopped first, other projects stay."""
+    kept, project = ada.project(), ada.project()
+    kept_session, session, busy = ada.session(kept), ada.session(project), ada.session(project)
+    for one in (kept_session, session):
+        assert ada.say(one, "Look", image=PNG).status_code == 200
+    ada.http.put(f"/projects/{project['id']}/files/deep/er/file", json={"content": "x"})
+    Path(project["project_path"], "out").symlink_to(kept["project_path"])
+    link = ada.messages(session)[0]["image"]
+    assert ada.http.get(link).status_code == 200
+    with ada.listen(busy, "[[chunks=1000 delay=0.05]]") as (_, stream):
+        stream.read(to_first_text=True)
+        answer = ada.http.delete(f"/projects/{project['id']}")
+        stream.read()
+    assert (answer.status_code, answer.json()) == (200, {"status": "deleted", "message": "Project deleted"})
+    assert stream.finish == "stopped"
+    assert not Path(project["project_path"]).exists()
+    assert not (served.settings.images / session["session_key"]).exists()
+    for path in (f"/projects/{project['id']}", f"/sessions/{session['id']}/messages", link):
+        assert ada.http.get(path).status_code == 404
+    for table, column in (("sessions", "id"), ("messages", "session_id"), ("turns", "session_id")):
+        counted = rows(served, f"SELECT count(*) FROM {table} WHERE {column} = ?", session["id"])  # noqa: S608
+        assert counted == [(0,)]
+    keys = {f"agent:main:openai-user:adapter-session-{one['session_key']}" for one in (session, busy)}
+    until(lambda: keys <= set(openclaw.deleted), 10, "the sessions' deletion in the gateway")
+    assert ada.http.get("/projects").json() == [kept]
+    assert Path(kept["project_path"], "README.md").exists()
+    assert ada.http.get(ada.messages(kept_session)[0]["image"]).status_code == 200
+    assert ada.http.delete(f"/projects/{project['id']}").json()["code"] == "project_not_found"
+
+
+def test_a_project_made_while_its_owner_goes_leaves_nothing(serve: Serve) -> None:
+    """Racing with the deletion of the account, a project is made or refused, and no folder outlives its row."""
+    app = serve()
+    statuses: Counter[int] = Counter()
+    for _ in range(6):
+        with app.person() as eve, httpx.Client(base_url=app.url, headers=eve.http.headers, timeout=60) as http:
+            start = threading.Barrier(5)
+
+            def make(begin: threading.Barrier = start, client: httpx.Client = http) -> list[int]:
+                begin.wait()
+                made = [client.post("/projects", json={"name": "Late"}).status_code]
+                while made[-1] == 201:
+                    made.append(client.post("/projects", json={"name": "Late"}).status_code)
+                return made
+
+            with ThreadPoolExecutor(4) as pool:
+                working = [pool.submit(make) for _ in range(4)]
+                start.wait()
+                eve.delete("/auth/me", password=eve.password)
+                statuses.update(status for work in working for status in work.result())
+    assert set(statuses) <= {201, 401, 404}
+    assert rows(app, "SELECT count(*) FROM projects") == [(0,)]
+    until(lambda: not list(app.settings.projects.iterdir()), 10, "the folders to be gone")
+    assert rows(app, "SELECT count(*) FROM outbox WHERE kind = 'folder'") == [(0,)]
+
+
+# --- sessions -----------------------------------------------------------------------------------------
+
+
+def test_a_session_is_made_and_listed(ada: Person) -> None:
+    """A session has exactly the contract's fields with its defaults, and sessions list newest first."""
+    project = ada.project()
+    path = f"/projects/{project['id']}/sessions"
+    assert ada.http.get(path).json() == []
+    bare = ada.http.post(path)
+    assert bare.status_code == 201
+    first = bare.json()
+    assert first == {
+        "id": first["id"],
+        "project_id": project["id"],
+        "session_key": first["session_key"],
+        "label": None,
+        "archived": 0,
+        "scope": "private",
+        "channel": "webchat",
+        "agent_id": "main",
+        "created_at": first["created_at"],
+        "last_used_at": None,
+    }
+    assert UUID4.fullmatch(first["session_key"]) and TIME.fullmatch(first["created_at"])
+    second = ada.http.post(path, json={"label": " Named ", "agent_id": "other_agent-2"}).json()
+    assert (second["label"], second["agent_id"]) == ("Named", "other_agent-2")
+    ada.session()
+    assert ada.http.get(path).json() == [second, first]
+
+
+@pytest.mark.parametrize("body", [{}, {"label": None}, {"agent_id": None}, {"label": None, "agent_id": None}])
+def test_what_a_session_may_lack_may_be_null(ada: Person, body: JSON) -> None:
+    """An optional field that is null counts as one that is not there."""
+    made = ada.http.post(f"/projects/{ada.project()['id']}/sessions", json=body)
+    assert made.status_code == 201
+    assert (made.json()["label"], made.json()["agent_id"]) == (None, "main")
+
+
+@pytest.mark.parametrize(
+    "agent", ["", " ", "a b", "a\n", "../main", "a/b", "main:x", "-x", "ä", "x" * 65, "a\0", 7, ["main"]]
+)
+def test_an_agents_id_is_a_plain_name(ada: Person, agent: object) -> None:
+    """What could mean another gateway session, or none, is no agent's id."""
+    project = ada.project()
+    refused = ada.http.post(f"/projects/{project['id']}/sessions", json={"agent_id": agent})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert ada.http.get(f"/projects/{project['id']}/sessions").json() == []
+
+
+def test_an_archived_session_is_listed_apart_and_not_chatted_in(ada: Person, openclaw: StandIn) -> None:
+    """`?archived=true` shows the archived ones alone; chatting in one is a 404 that costs no turn; it comes back."""
+    project = ada.project()
+    kept, session = ada.session(project), ada.session(project)
+    assert ada.say(session, "Before").status_code == 200
+    archived = ada.http.put(f"/sessions/{session['id']}", json={"archived": True}).json()
+    assert (archived["archived"], archived["label"]) == (1, "Before")
+    path = f"/projects/{project['id']}/sessions"
+    assert ada.http.get(path).json() == ada.http.get(path, params={"archived": "false"}).json() == [kept]
+    assert ada.http.get(path, params={"archived": "true"}).json() == [archived]
+    asked = len(openclaw.requests)
+    for stream in (False, True):
+        refused = ada.say(session, "Hello?", stream=stream)
+        assert (refused.status_code, refused.code) == (404, "session_not_found")
+    assert len(openclaw.requests) == asked
+    assert [message["content"] for message in ada.messages(session)][0] == "Before"
+    back = ada.http.put(f"/sessions/{session['id']}", json={"archived": False})
+    assert back.json()["archived"] == 0
+    assert ada.http.get(path, params={"archived": "true"}).json() == []
+    assert ada.say(session, "After").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "expected"),
+    [
+        (None, "Hello there", "Hello there"),
+        (None, "  Two\n lines\t here ", "Two lines here"),
+        (None, f"{'word ' * 40}", f"{'word ' * 12}".rstrip() + "…"),
+        (None, "x" * 500, "x" * 60 + "…"),
+        (None, "日本語 " * 30, None),
+        ("", "Hello there", "Hello there"),
+        ("Mine", "Hello there", "Mine"),
+    ],
+)
+def test_a_session_is_labelled_by_its_first_words(
+    ada: Person, label: str | None, said: str, expected: str | None
+) -> None:
+    """A session without a label takes its first message's opening words; neither it nor a given one changes later."""
+    session = ada.session(**({} if label is None else {"label": label}))
+    path = f"/projects/{session['project_id']}/sessions"
+    for text in (said, "Something else"):
+        assert ada.say(session, text).status_code == 200
+        (listed,) = ada.http.get(path).json()
+        if expected is None:
+            assert said.startswith(listed["label"].removesuffix("…"))
+            assert len(listed["label"]) <= 61
+        else:
+            assert listed["label"] == expected
+        assert TIME.fullmatch(listed["last_used_at"])
+
+
+def test_a_session_is_renamed(ada: Person) -> None:
+    """A label changes alone; null keeps it; one of 201 characters is refused."""
+    session = ada.session(label="Before")
+    path = f"/sessions/{session['id']}"
+    assert ada.http.put(path, json={"label": " After "}).json() == {**session, "label": "After"}
+    assert ada.http.put(path, json={"label": None, "archived": None}).json() == {**session, "label": "After"}
+    assert ada.http.put(path, json={"label": "x" * 200}).status_code == 200
+    assert ada.http.put(path, json={"label": "x" * 201}).status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/sessions/{session}", "/projects/{project}/sessions/{session}"])
+def test_deleting_a_session_deletes_what_was_said_in_it(
+    served: Served, openclaw: StandIn, ada: Person, path: str
+) -> None:
+    """Its messages, images and gateway session go, by both routes; the project and its other sessions stay."""
+    project = ada.project()
+    kept, session = ada.session(project), ada.session(project)
+    for one in (kept, session):
+        assert ada.say(one, "Look", image=PNG).status_code == 200
+    answer = ada.http.delete(path.format(project=project["id"], session=session["id"]))
+    assert (answer.status_code, answer.json()) == (200, {"status": "deleted", "message": "Session deleted"})
+    assert ada.http.get(f"/sessions/{session['id']}/messages").json()["code"] == "session_not_found"
+    assert not (served.settings.images / session["session_key"]).exists()
+    assert (served.settings.images / kept["session_key"]).exists()
+    assert len(ada.messages(kept)) == 2
+    assert Path(project["project_path"]).exists()
+    key = f"agent:main:openai-user:adapter-session-{session['session_key']}"
+    until(lambda: key in openclaw.deleted, 10, "the session's deletion in the gateway")
+    assert ada.http.delete(path.format(project=project["id"], session=session["id"])).status_code == 404
+
+
+def test_a_session_is_deleted_in_its_own_project_alone(ada: Person) -> None:
+    """`DELETE /projects/{pid}/sessions/{id}` with another project of the same user is a 404 that deletes nothing."""
+    session, other = ada.session(), ada.project()
+    answer = ada.http.delete(f"/projects/{other['id']}/sessions/{session['id']}")
+    assert (answer.status_code, answer.json()["code"]) == (404, "session_not_found")
+    assert ada.messages(session) == []
+
+
+# --- somebody else's ----------------------------------------------------------------------------------
+
+CHAT: JSON = {"session_key": "{key}", "messages": [{"role": "user", "content": "Hello"}]}
+ROUTES: tuple[tuple[str, str, JSON | None], ...] = (
+    ("GET", "/projects/{project}", None),
+    ("PUT", "/projects/{project}", {"name": "Mine now"}),
+    ("DELETE", "/projects/{project}", None),
+    ("GET", "/projects/{project}/sessions", None),
+    ("GET", "/projects/{project}/sessions?archived=true", None),
+    ("POST", "/projects/{project}/sessions", {}),
+    ("DELETE", "/projects/{project}/sessions/{session}", None),
+    ("GET", "/projects/{project}/files", None),
+    ("GET", "/projects/{project}/files/README.md", None),
+    ("PUT", "/projects/{project}/files/README.md", {"content": "Mine now"}),
+    ("PUT", "/sessions/{session}", {"label": "Mine now"}),
+    ("DELETE", "/sessions/{session}", None),
+    ("GET", "/sessions/{session}/messages", None),
+    ("GET", "/sessions/{session}/messages?limit=1", None),
+    ("GET", "/sessions/{session}/messages/{message}/stream", None),
+    ("POST", "/sessions/{session}/stop", None),
+    ("POST", "/chat", CHAT),
+    ("POST", "/chat/stream", CHAT),
+    ("GET", "/images/{image}", None),
+    ("GET", "/images/{image}?expires=9999999999&signature=00000000000000000000000000000000", None),
+)
+NAMES = [f"{method} {path}" for method, path, _ in ROUTES]
+
+
+def filled(body: JSON | None, names: dict[str, object]) -> JSON | None:
+    """A body with the session key in its place."""
+    return {**body, "session_key": names["key"]} if body and "session_key" in body else body
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES, ids=NAMES)
+def test_what_is_somebody_elses_does_not_exist(
+    carol: Person, dave: Person, owned: dict[str, object], method: str, path: str, body: JSON | None
+) -> None:
+    """Somebody else's answers with the same 404, to the letter, as what was never there, and stays as it is."""
+    nothing: dict[str, object] = {
+        **dict.fromkeys(("project", "session", "message"), LARGEST_ID),
+        "key": "00000000-0000-4000-8000-000000000000",
+        "image": f"{LARGEST_ID}.png",
+    }
+    before = [carol.http.get(f"/projects/{owned['project']}{of}").text for of in ("", "/sessions", "/files")]
+    theirs = dave.http.request(method, path.format(**owned), json=filled(body, owned))
+    nobodys = dave.http.request(method, path.format(**nothing), json=filled(body, nothing))
+    assert theirs.status_code == nobodys.status_code == 404
+    assert theirs.json() == nobodys.json()
+    volatile = {"date", "x-request-id"}
+    assert [(k, v) for k, v in theirs.headers.items() if k not in volatile] == [
+        (k, v) for k, v in nobodys.headers.items() if k not in volatile
+    ]
+    assert before == [carol.http.get(f"/projects/{owned['project']}{of}").text for of in ("", "/sessions", "/files")]
+
+
+def test_a_message_is_found_in_its_own_session_alone(ada: Person) -> None:
+    """A reply is not streamed under another session, nor is a user's message streamed at all."""
+    session, other = ada.session(), ada.session()
+    reply = ada.say(session, "Hello").message_id
+    question = ada.messages(session)[0]["id"]
+    for path in (
+        f"/sessions/{other['id']}/messages/{reply}/stream",
+        f"/sessions/{session['id']}/messages/{question}/stream",
+    ):
+        answer = ada.http.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (404, "message_not_found")
+
+
+NUMBERED = [(method, path, body) for method, path, body in ROUTES if "{" in path]
+
+
+@pytest.mark.parametrize(
+    "number", ["0", "-1", "9223372036854775808", "18446744073709551616", "9" * 5000, "abc", "1.5", "%00", "１e", "NaN"]
+)
+@pytest.mark.parametrize(("method", "path", "body"), NUMBERED, ids=[f"{method} {path}" for method, path, _ in NUMBERED])
+def test_an_odd_id_is_nobodys(carol: Person, method: str, path: str, body: JSON | None, number: str) -> None:
+    """A number that no row can have, or what is no number, is a 404 or a 422 in the error shape, never a 500."""
+    names = dict.fromkeys(("project", "session", "message"), number)
+    answer = carol.http.request(method, path.format(**names, image=f"{number}.png"), json=body)
+    assert answer.status_code in (404, 422)
+    assert set(answer.json()) == {"detail", "code"}
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "9223372036854775808", "18446744073709551616", "x", "", "1e9"])
+@pytest.mark.parametrize("name", ["limit", "before"])
+def test_an_odd_page_is_refused(carol: Person, owned: dict[str, object], name: str, number: str) -> None:
+    """`limit` and `before` are numbers from 1 on that a row can have."""
+    answer = carol.http.get(f"/sessions/{owned['session']}/messages", params={name: number})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+TEXTS: tuple[tuple[str, str, JSON, str], ...] = (
+    ("POST", "/projects", {"name": "@"}, "project"),
+    ("POST", "/projects", {"name": "x", "description": "@"}, "project"),
+    ("PUT", "/projects/{project}", {"name": "@"}, "project"),
+    ("PUT", "/projects/{project}", {"description": "@"}, "project"),
+    ("POST", "/projects/{project}/sessions", {"label": "@"}, "session"),
+    ("POST", "/projects/{project}/sessions", {"agent_id": "@"}, "session"),
+    ("PUT", "/sessions/{session}", {"label": "@"}, "session"),
+    ("PUT", "/projects/{project}/files/new", {"content": "@"}, "file"),
+    ("POST", "/chat", {**CHAT, "session_key": "@"}, "chat"),
+    ("POST", "/chat", {**CHAT, "messages": [{"role": "user", "content": "@"}]}, "chat"),
+    ("POST", "/chat", {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": "@"}]}]}, "chat"),
+    ("POST", "/chat", {**CHAT, "image": "@"}, "chat"),
+)
+
+
+@pytest.mark.parametrize(("method", "path", "body", "_"), TEXTS, ids=[f"{t[0]} {t[1]} {t[2]}" for t in TEXTS])
+def test_half_a_surrogate_pair_is_no_text(
+    carol: Person, owned: dict[str, object], method: str, path: str, body: JSON, _: str
+) -> None:
+    """What JSON can say and Unicode cannot is refused in every text field, and nothing comes of it."""
+    before = [carol.http.get(at).text for at in ("/projects", f"/sessions/{owned['session']}/messages")]
+    text = json.dumps(body).replace("{key}", str(owned["key"])).replace('"@"', '"\\ud800"')
+    headers = {"Content-Type": "application/json"}
+    answer = carol.http.request(method, path.format(**owned), content=text, headers=headers)
+    assert answer.status_code in (400, 404, 422)
+    assert set(answer.json()) == {"detail", "code"}
+    assert before == [carol.http.get(at).text for at in ("/projects", f"/sessions/{owned['session']}/messages")]
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(ada: Person) -> JSON:
+    """A project of Ada's."""
+    return ada.project("Files")
+
+
+@pytest.fixture
+def folder(project: JSON) -> Path:
+    """Its folder."""
+    return Path(project["project_path"])
+
+
+@pytest.fixture
+def files(project: JSON) -> str:
+    """The address of its files."""
+    return f"/projects/{project['id']}/files"
+
+
+def test_the_tree_shows_every_level_sorted(ada: Person, files: str, folder: Path) -> None:
+    """Folders hold their children, files their size, each level is sorted by name, links and devices are left out."""
+    for path, content in (("b/z.txt", b"12345"), ("b/a/deep.bin", b"\0\1"), ("a.txt", "é".encode()), ("B.txt", b"")):
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to("/etc")
+    (folder / "b/file-link").symlink_to("z.txt")
+    readme = (folder / "README.md").stat().st_size
+    deep = {"type": "file", "name": "deep.bin", "path": "b/a/deep.bin", "size": 2}
+    assert ada.http.get(files).json() == [
+        {"type": "file", "name": "B.txt", "path": "B.txt", "size": 0},
+        {"type": "file", "name": "README.md", "path": "README.md", "size": readme},
+        {"type": "file", "name": "a.txt", "path": "a.txt", "size": 2},
+        {
+            "type": "folder",
+            "name": "b",
+            "path": "b",
+            "children": [
+                {"type": "folder", "name": "a", "path": "b/a", "children": [deep]},
+                {"type": "file", "name": "z.txt", "path": "b/z.txt", "size": 5},
+            ],
+        },
+        {"type": "folder", "name": "empty", "path": "empty", "children": []},
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "text", "zwölf \N{GRINNING FACE} 日本", "a\r\nb\n", "\ufeffBOM", "\u2028", "x" * 1_000_000, "'; DROP TABLE x"],
+    ids=["empty", "text", "unicode", "crlf", "bom", "separator", "large", "sql"],
+)
+def test_what_is_written_is_read(ada: Person, files: str, folder: Path, content: str) -> None:
+    """A file holds exactly what was sent, in folders made for it, and is replaced as a whole."""
+    path = f"{files}/new/folders/a file.txt"
+    size = len(content.encode())
+    for text in ("what was there before", content):
+        written = ada.http.put(path, json={"content": text})
+        assert (written.status_code, written.json()) == (200, {"success": True, "size": len(text.encode())})
+    assert ada.http.get(path).json() == {"content": content, "is_binary": False, "size": size}
+    assert (folder / "new/folders/a file.txt").read_bytes() == content.encode()
+    assert [path.name for path in (folder / "new/folders").iterdir()] == ["a file.txt"]
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n\0\0", b"\xff\xfe\x41\x00", b"text\0text", b"\x80", b"ab\xc3"])
+def test_a_binary_file_says_so(ada: Person, files: str, folder: Path, data: bytes) -> None:
+    """What does not decode, or holds a NUL, is binary: no content, and its true size."""
+    (folder / "data").write_bytes(data)
+    assert ada.http.get(f"{files}/data").json() == {"content": "", "is_binary": True, "size": len(data)}
+
+
+@pytest.mark.parametrize(("size", "status"), [(TEN_MB, 200), (TEN_MB + 1, 413)])
+def test_a_file_has_10_mb_at_most(ada: Person, files: str, folder: Path, size: int, status: int) -> None:
+    """The limit counts bytes and holds for reading and writing; what is too large is not written."""
+    (folder / "there").write_bytes(b"x" * size)
+    content = "é" * (size // 2) + "x" * (size % 2)
+    read, written = ada.http.get(f"{files}/there"), ada.http.put(f"{files}/new", json={"content": content})
+    assert (read.status_code, written.status_code) == (status, status)
+    if status == 413:
+        assert read.json()["code"] == written.json()["code"] == "file_too_large"
+    assert (folder / "new").exists() == (status == 200)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"content": None}, {"content": 7}, {"content": ["x"]}, {"content": {"x": 1}}, [], "x", None]
+)
+def test_a_file_is_written_from_text_alone(ada: Person, files: str, folder: Path, body: object) -> None:
+    """Without a text in `content` nothing is written."""
+    refused = ada.http.put(f"{files}/new", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert not (folder / "new").exists()
+
+
+@pytest.fixture
+def outside(served: Served) -> Path:
+    """A file that lies beside the project folders."""
+    path = served.settings.projects.parent / "outside.txt"
+    path.write_text("OUTSIDE")
+    return path
+
+
+ESCAPES = (
+    *("../outside.txt", "../../outside.txt", "a/../../../outside.txt", "./../../outside.txt", "README.md/../../.."),
+    *("%2e%2e/%2e%2e/outside.txt", "%2e%2e%2f%2e%2e%2foutside.txt", "..%2f..%2foutside.txt", ".%2e/.%2e/outside.txt"),
+    *("%252e%252e%252foutside.txt", "%252e%252e/outside.txt", "..%255c..%255coutside.txt"),
+    *("..\\..\\outside.txt", "..%5c..%5coutside.txt", "%5c%5coutside.txt", "C:%5coutside.txt"),
+    *("..%c0%af..%c0%afoutside.txt", "%c0%ae%c0%ae/%c0%ae%c0%ae/outside.txt", "..%ef%bc%8f..%ef%bc%8foutside.txt"),
+    *("..;/..;/outside.txt", "..%00/outside.txt", "..%0a/outside.txt", "outside.txt%00.md", "%00", "a%00/../b"),
+    *("/etc/passwd", "//etc/passwd", "%2fetc%2fpasswd", "%2f%2fetc/passwd", "/", "//", "", ".", "..", "%2e", "%2e%2e"),
+    *("file:///etc/passwd", "~root/.bashrc", "/proc/self/environ", "a//b", "README.md/", "folder-link/outside.txt"),
+    *("file-link", "sub/up/../outside.txt", "sub/up/outside.txt", "loop/loop/x", "dangling", "self"),
+    *("x" * 256, "a/" * 2000 + "x", "%f0%9f%a6%9e" * 64, "%ed%a0%80/x", "%7f", "%0d%0aX-Injected:%201"),
+)
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("path", ESCAPES)
+def test_no_path_leads_out_of_the_folder(
+    served: Served, ada: Person, files: str, folder: Path, outside: Path, path: str, method: str
+) -> None:
+    """However it is spelled or linked, a path reads and writes nothing outside of the project's folder."""
+    (folder / "folder-link").symlink_to(outside.parent)
+    (folder / "file-link").symlink_to(outside)
+    (folder / "sub").mkdir()
+    (folder / "sub/up").symlink_to(outside.parent)
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to(outside.parent / "not-there.txt")
+    (folder / "self").symlink_to(".")
+    around = {path for path in outside.parent.rglob("*") if folder not in path.parents and ".db" not in path.name}
+    status, answer = as_sent(ada, method, f"{files}/{path}", b'{"content": "WRITTEN"}' if method == "PUT" else None)
+    if status == 200:  # an odd name, but a name, within the folder
+        assert method == "PUT"
+    else:
+        assert (status, answer["code"]) in [(400, "invalid_path"), (404, "file_not_found")]
+    assert "OUTSIDE" not in json.dumps(answer) and "root:" not in json.dumps(answer)
+    assert outside.read_text() == "OUTSIDE"
+    assert around == {
+        path for path in outside.parent.rglob("*") if folder not in path.parents and ".db" not in path.name
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("none.txt", "file_not_found"),
+        ("none/none.txt", "file_not_found"),
+        ("sub", "invalid_path"),
+        ("README.md/x", "invalid_path"),
+    ],
+)
+def test_what_is_no_file_is_not_read(ada: Person, files: str, folder: Path, path: str, code: str) -> None:
+    """A missing file is a 404; a folder, or a file taken for one, is no path of a file."""
+    (folder / "sub").mkdir()
+    answer = ada.http.get(f"{files}/{path}")
+    assert (answer.status_code, answer.json()["code"]) == (404 if code == "file_not_found" else 400, code)
+
+
+def test_files_of_a_folder_that_somebody_removed(ada: Person, files: str, folder: Path) -> None:
+    """Without its folder a project has no files, says so without an error of ours, and can be written to again."""
+    (folder / "README.md").unlink()
+    folder.rmdir()
+    assert ada.http.get(files).json() == []
+    assert ada.http.get(f"{files}/README.md").json()["code"] == "file_not_found"
+    assert ada.http.put(f"{files}/back/again", json={"content": "x"}).status_code == 200
+    assert (folder / "back/again").read_text() == "x"
+
+
+def test_a_folder_that_became_a_link_is_not_followed(
+    served: Served, ada: Person, bob: Person, project: JSON, files: str, folder: Path
+) -> None:
+    """An agent that turns its project's folder into a link to another one's gets neither its files nor its end."""
+    other = Path(bob.project("Bob's")["project_path"])
+    (folder / "README.md").unlink()
+    folder.rmdir()
+    folder.symlink_to(other)
+    assert ada.http.get(files).json() == []
+    assert ada.http.get(f"{files}/README.md").status_code in (400, 404)
+    assert ada.http.put(f"{files}/README.md", json={"content": "mine"}).status_code in (400, 404)
+    assert ada.http.delete(f"/projects/{project['id']}").status_code == 200
+    assert "Bob's" in (other / "README.md").read_text()
+    assert not folder.is_symlink()
+
+
+def test_an_image_sent_back_as_a_file_stays_what_it_is(ada: Person, files: str, folder: Path) -> None:
+    """Base64 written as text is text: files are not decoded."""
+    assert ada.http.put(f"{files}/pixel.png", json={"content": PNG}).status_code == 200
+    assert (folder / "pixel.png").read_bytes() == PNG.encode()
+    assert (folder / "pixel.png").read_bytes() != base64.b64decode(PNG)

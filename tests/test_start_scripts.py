@@ -1,0 +1,341 @@
+"""The start scripts: which branch each takes, how they keep `venv/`, what they start, and the demo from end to end."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import pytest
+
+from settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"start-backend.sh": 8002, "start-backend-dev.sh": 8001}
+# What the scripts run, and what a fresh account has: nothing of the caller's settings or git configuration.
+TOOLS = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "GIT_CONFIG_GLOBAL": "/dev/null"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def run(script: Path, *options: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(script), *options], cwd=cwd, env=TOOLS | env, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def git(directory: Path, *arguments: str) -> None:
+    who = ("-c", "user.name=Test", "-c", "user.email=test@example.com")
+    subprocess.run(["git", *who, *arguments], cwd=directory, env=TOOLS, capture_output=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with a space in its name, no requirements, and ports that nobody else uses."""
+    directory = tmp_path_factory.mktemp("a clone")
+    (directory / "tests").mkdir()
+    (directory / "tests" / ".gitkeep").touch()
+    (directory / ".gitignore").write_text("venv/\n.env\n")
+    (directory / "requirements.txt").write_text("# nothing\n")
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, directory)
+    start = directory / "start-backend.sh"
+    text = start.read_text()
+    for port in SCRIPTS.values():
+        text = text.replace(f"USUAL_PORT={port}", f"USUAL_PORT={free_port()}")
+    start.write_text(text)
+    git(directory, "init", "--initial-branch", "main")
+    git(directory, "add", ".")
+    git(directory, "commit", "-m", "First")
+    assert run(start, "--check").stderr == (
+        "start-backend.sh: Installing what requirements.txt names into venv/; this takes a minute.\n"
+    )
+    return directory
+
+
+@pytest.fixture
+def checkout(clone: Path) -> Iterator[Path]:
+    """The clone on `main`, and as it was afterwards."""
+    yield clone
+    git(clone, "checkout", "--force", "main")
+    (clone / ".env").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("branch", "taken_by"),
+    [
+        ("main", ["start-backend.sh"]),
+        ("feature/chat", ["start-backend-dev.sh"]),
+        ("fix/one", ["start-backend-dev.sh"]),
+        ("development", ["start-backend-dev.sh"]),
+        ("release/main", []),
+        ("featured", []),
+    ],
+)
+def test_each_script_takes_its_own_branches(checkout: Path, branch: str, taken_by: list[str]) -> None:
+    """The refusal names the branch and the command that helps."""
+    git(checkout, "checkout", "-B", branch)
+    for script in SCRIPTS:
+        done = run(checkout / script, "--check")
+        if script in taken_by:
+            assert (done.returncode, done.stderr) == (0, "")
+        else:
+            assert done.returncode == 3
+            assert f"is on {branch}." in done.stderr
+            assert "git worktree add ../" in done.stderr
+
+
+def test_a_branch_below_development_is_one_for_development(checkout: Path) -> None:
+    """Git cannot keep it beside a branch `development`, so it has a test of its own."""
+    git(checkout, "update-ref", "-d", "refs/heads/development")
+    git(checkout, "checkout", "-B", "development/ada")
+    assert run(checkout / "start-backend-dev.sh", "--check").returncode == 0
+    git(checkout, "checkout", "main")
+    git(checkout, "branch", "-D", "development/ada")
+
+
+def test_a_commit_of_main_counts_as_main(checkout: Path) -> None:
+    git(checkout, "commit", "--allow-empty", "-m", "Second")
+    git(checkout, "checkout", "--detach", "main~1")
+    assert run(checkout / "start-backend.sh", "--check").returncode == 0
+    assert run(checkout / "start-backend-dev.sh", "--check").returncode == 3
+    git(checkout, "commit", "--allow-empty", "-m", "Not of main")
+    assert run(checkout / "start-backend.sh", "--check").returncode == 3
+    git(checkout, "update-ref", "refs/remotes/origin/main", "HEAD")
+    assert run(checkout / "start-backend.sh", "--check").returncode == 0
+    git(checkout, "update-ref", "-d", "refs/remotes/origin/main")
+
+
+def test_a_worktree_is_a_checkout_of_its_own(checkout: Path, tmp_path: Path) -> None:
+    git(checkout, "branch", "--force", "feature/tree")
+    git(checkout, "worktree", "add", str(tmp_path / "tree"), "feature/tree")
+    assert run(tmp_path / "tree" / "start-backend.sh", "--check").returncode == 3
+    assert run(tmp_path / "tree" / "start-backend-dev.sh", "--check").returncode == 0
+    git(checkout, "worktree", "remove", "--force", str(tmp_path / "tree"))
+
+
+def test_what_is_no_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
+    for script in SCRIPTS:
+        shutil.copy(checkout / script, tmp_path)
+    for script in SCRIPTS:
+        done = run(tmp_path / script, "--check")
+        assert done.returncode == 3
+        assert f"{tmp_path} is no git checkout" in done.stderr
+
+
+def test_it_works_from_anywhere_and_through_a_link(checkout: Path, tmp_path: Path) -> None:
+    link = tmp_path / "start"
+    link.symlink_to(checkout / "start-backend.sh")
+    assert run(link, "--check", cwd=tmp_path).returncode == 0
+
+
+def test_a_port_in_use_is_named_with_its_holder(checkout: Path) -> None:
+    port = int(re.findall(r"USUAL_PORT=(\d+)", (checkout / "start-backend.sh").read_text())[0])
+    with socket.create_server(("127.0.0.1", port)):
+        done = run(checkout / "start-backend.sh", "--check")
+    assert done.returncode == 4
+    assert f"Port {port} cannot be had: address already in use" in done.stderr
+    assert (f"by process {os.getpid()}." in done.stderr) == bool(shutil.which("ss"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_options(script: str) -> None:
+    """Help says the port and all there is; what is unknown or out of place is refused."""
+    helped = run(ROOT / script, "--help")
+    assert helped.returncode == 0
+    assert f"port {SCRIPTS[script]}" in helped.stdout
+    assert {"--check", "--demo", "--port", "--help", "PYTHON"} <= set(re.findall(r"--\w+|PYTHON", helped.stdout))
+    for wrong in (["--reload"], ["x"], ["--port", "9000"], ["--demo", "--port"], ["--demo", "--port", "70000"]):
+        refused = run(ROOT / script, *wrong)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"{script}: ")
+        assert refused.stderr.count("\n") == 1
+
+
+def test_changed_requirements_are_installed_before_the_start(checkout: Path) -> None:
+    """A failure shows what pip said, and leaves an environment that the next start does not take for whole."""
+    requirements = checkout / "requirements.txt"
+    requirements.write_text("=== no requirement\n")
+    failed = run(checkout / "start-backend.sh", "--check")
+    assert failed.returncode == 1
+    assert "Invalid requirement" in failed.stderr
+    assert not (checkout / "venv" / ".stamp").exists()
+    requirements.write_text("# nothing\n")
+    mark = checkout / "venv" / "left-over"
+    mark.touch()
+    assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
+    assert not mark.exists()
+    mark.touch()
+    requirements.write_text("# nothing at all\n")
+    assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
+    assert mark.exists()
+    assert run(checkout / "start-backend.sh", "--check").stderr == ""
+
+
+def test_two_starts_at_once_build_one_environment(checkout: Path) -> None:
+    (checkout / "venv" / ".stamp").unlink()
+    command = [str(checkout / "start-backend.sh"), "--check"]
+    starts = [subprocess.Popen(command, env=TOOLS, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [start.communicate(timeout=120)[1] for start in starts]
+    assert [start.returncode for start in starts] == [0, 0]
+    assert sum("Installing" in text for text in said) == 1
+
+
+def test_a_missing_python_is_said(checkout: Path, tmp_path: Path) -> None:
+    wrong = run(checkout / "start-backend.sh", "--check", PYTHON="/bin/false")
+    assert (wrong.returncode, "PYTHON=/bin/false is no Python 3.11" in wrong.stderr) == (1, True)
+    for tool in ("bash", "dirname", "readlink"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    none = run(checkout / "start-backend.sh", "--check", PYTHON="", PATH=str(tmp_path), cwd=tmp_path)
+    assert (none.returncode, "Python 3.11 or newer is needed" in none.stderr) == (1, True)
+
+
+def test_a_python_without_venv_is_said(checkout: Path, tmp_path: Path) -> None:
+    stamp = checkout / "venv" / ".stamp"
+    content = stamp.read_text()
+    stamp.unlink()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = run(checkout / "start-backend.sh", "--check", PYTHON=str(python))
+    assert (done.returncode, "apt-get install python3-venv" in done.stderr) == (1, True)
+    stamp.write_text(content)
+
+
+def test_what_is_started(checkout: Path) -> None:
+    """Development has its own database unless the environment or `.env` names one, and reloads only for our code."""
+    uvicorn = checkout / "venv" / "bin" / "uvicorn"
+    uvicorn.write_text('#!/bin/sh\necho "DB_PATH=$DB_PATH"\necho "$@"\n')
+    uvicorn.chmod(0o755)
+    common = "--no-access-log --timeout-graceful-shutdown 10"
+    ports = re.findall(r"USUAL_PORT=(\d+)", (checkout / "start-backend.sh").read_text())
+    production = run(checkout / "start-backend.sh")
+    assert production.stdout == f"DB_PATH=\napp:app --host 0.0.0.0 --port {ports[0]} {common}\n"
+    git(checkout, "checkout", "-B", "development")
+    development = checkout / "start-backend-dev.sh"
+    excluded = " ".join(f"--reload-exclude {checkout / name}" for name in ("projects", "tests", "venv"))
+    expected = f"app:app --host 0.0.0.0 --port {ports[1]} {common} --reload {excluded}\n"
+    assert run(development).stdout == f"DB_PATH=clawdbot_adapter_dev.db\n{expected}"
+    assert run(development, DB_PATH="mine.db").stdout.startswith("DB_PATH=mine.db\n")
+    for line, database in (
+        ("DB_PATH=mine.db", ""),
+        ('export db_path = "mine.db"', ""),
+        ('DB_PATH=""', "clawdbot_adapter_dev.db"),
+        ("# DB_PATH=mine.db", "clawdbot_adapter_dev.db"),
+    ):
+        (checkout / ".env").write_text(f"SIGNUP=closed\n{line}\n")
+        assert run(development).stdout.startswith(f"DB_PATH={database}\n")
+
+
+def test_the_demo_sets_every_setting() -> None:
+    """One that it does not set would be read from the checkout's `.env`."""
+    text = (ROOT / "start-backend.sh").read_text()
+    for name in Settings.model_fields:
+        assert re.search(rf"\b{name.upper()}=\S", text), name
+
+
+@contextmanager
+def demo(script: Path, temporary: Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A running demo: its process, its address, and the lines that it says to paste."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [str(script), "--demo", "--port", url.rpartition(":")[2]]
+    process = subprocess.Popen(
+        command, env=TOOLS | env | {"TMPDIR": str(temporary)}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert process.stdout
+        said: list[str] = []
+        while said.count("\n") < 2:  # an empty line before what is to be pasted, and one after it
+            said.append(process.stdout.readline())
+            assert said[-1], "The demo ended before it said what to paste"
+        yield process, url, "".join(said[said.index("\n") :])
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def paste(lines: str) -> str:
+    """What a person gets who pastes the lines, twice, with nothing but bash, curl and sed."""
+    with tempfile.TemporaryDirectory() as home:
+        env = {"PATH": os.environ["PATH"], "HOME": home}
+        done = subprocess.run(
+            ["bash"], input=lines * 2, env=env, capture_output=True, text=True, check=False, timeout=60
+        )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def has_ended(process: subprocess.Popen[str], url: str, temporary: Path) -> bool:
+    """Server, stand-in and data are gone; the script's group is what they were started in."""
+    process.wait(30)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return not list(temporary.iterdir())
+
+
+def test_the_demo_is_a_first_chat_for_who_pastes_its_lines(tmp_path: Path) -> None:
+    with demo(ROOT / "start-backend.sh", tmp_path) as (process, url, lines):
+        assert url in lines
+        output = paste(lines)
+        assert output.count("data: [DONE]") == 2
+        assert output.count('"content":" stand-in:"') == 2
+        process.send_signal(signal.SIGTERM)
+        assert has_ended(process, url, tmp_path)
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
+    """Neither the caller's environment nor a `.env` gets in; Ctrl-C, which goes to the whole group, ends it."""
+    copy, temporary = tmp_path / "a copy", tmp_path / "temporary"
+    temporary.mkdir()
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("start-*.sh"), ROOT / "requirements.txt"):
+        shutil.copy(file, copy)
+    use_this_python(copy)
+    hostile = {
+        "DB_PATH": "mine.db",
+        "PROJECTS_DIR": "mine",
+        "SIGNUP": "closed",
+        "CLAWDBOT_BASE_URL": "http://127.0.0.1:1",
+    }
+    (copy / ".env").write_text("".join(f"{name}={value}\n" for name, value in hostile.items()) + "TOKEN_TTL=never\n")
+    before = {path.name for path in copy.iterdir()} | {"__pycache__"}
+    with demo(copy / "start-backend-dev.sh", temporary, **hostile, JWT_SECRET="short") as (process, url, lines):
+        assert paste(lines).count("data: [DONE]") == 2
+        os.killpg(process.pid, signal.SIGINT)
+        assert has_ended(process, url, temporary)
+    assert {path.name for path in copy.iterdir()} <= before
+
+
+def use_this_python(copy: Path) -> None:
+    """Gives the copy an environment that counts as built, made of the one that runs the tests."""
+    programs = copy / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, start in (("python", ""), ("uvicorn", "-m uvicorn")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
+        (programs / name).chmod(0o755)
+    content = sha256((copy / "requirements.txt").read_bytes()).hexdigest()
+    (copy / "venv" / ".stamp").write_text(f"{sys.version.split()[0]} {copy / 'venv'}\n{content}\n")
+
+
+@pytest.mark.parametrize("part", ["app:app", "tests.stand_in"])
+def test_a_demo_of_which_a_part_dies_ends_and_says_so(tmp_path: Path, part: str) -> None:
+    with demo(ROOT / "start-backend.sh", tmp_path) as (process, url, _):
+        found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", part], capture_output=True, check=True)
+        os.kill(int(found.stdout), signal.SIGKILL)
+        assert has_ended(process, url, tmp_path)
+        assert process.returncode == 1
