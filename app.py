@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,6 +77,21 @@ class ErrorOut(BaseModel):
     detail: str = Field(description="A sentence to act on.")
     code: str = Field(description="Stable.")
     message_id: int | None = Field(None, description="Of a reply that failed: its text so far is stored there.")
+
+
+class Mistake(BaseModel):
+    """What is wrong with one value of a request."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class InvalidOut(BaseModel):
+    """The error of a malformed request."""
+
+    detail: list[Mistake]
+    code: Literal["invalid_request"]
 
 
 class DatabaseHealth(BaseModel):
@@ -190,6 +205,31 @@ class CatchAll:
             await _error_response(failed)(scope, receive, send)
 
 
+class BodyLimit:
+    """Refuses a body that is too large, by what its header says or else once that much of it has come."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        received = 0
+
+        async def receive_and_count() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise HTTPException(413)
+            return message
+
+        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if declared.isdecimal() and int(declared[:18]) > MAX_BODY:
+            await _http_error_response(413, None)(scope, receive, send)
+        else:
+            await self._app(scope, receive_and_count, send)
+
+
 def _status(kind: type[errors.AppError]) -> int:
     return next(STATUSES[base] for base in kind.__mro__ if base in STATUSES)
 
@@ -213,8 +253,12 @@ async def _answer_app_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
-    code, detail = HTTP_ERRORS.get(error.status_code, ("http_error", str(error.detail)))
-    return JSONResponse({"detail": detail, "code": code}, error.status_code, error.headers)
+    return _http_error_response(error.status_code, error.headers)
+
+
+def _http_error_response(status: int, headers: Mapping[str, str] | None) -> JSONResponse:
+    code, detail = HTTP_ERRORS.get(status, ("http_error", "The request cannot be answered."))
+    return JSONResponse({"detail": detail, "code": code}, status, headers)
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
@@ -265,7 +309,7 @@ def create_app(settings: Settings) -> FastAPI:
                 max_age=86_400,
             ),
             Middleware(CatchAll),
-            Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY),
+            Middleware(BodyLimit),
         ],
         exception_handlers={
             errors.AppError: _answer_app_error,
@@ -276,7 +320,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(auth.router)
     app.include_router(project_manager.router)
     app.include_router(chat_handlers.router)
-    app.add_api_route("/health", read_health, tags=["health"], response_model=Health)
+    app.add_api_route(
+        "/health", read_health, tags=["health"], response_model=Health, responses={503: {"model": Health}}
+    )
     app.add_api_route(
         "/health/ready", read_ready, tags=["health"], response_model=Ready, openapi_extra=errors.raises("not_ready")
     )
@@ -390,7 +436,9 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, each route with the errors that it names and those that any route can meet."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        schema["components"]["schemas"]["ErrorOut"] = ErrorOut.model_json_schema()
+        models = [(model, "serialization") for model in (ErrorOut, InvalidOut, Mistake)]
+        _, described = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+        schema["components"]["schemas"] |= described["$defs"]
         for path in schema["paths"].values():
             for operation in path.values():
                 _describe_errors(operation)
@@ -401,15 +449,23 @@ def _describe(app: FastAPI) -> dict[str, Any]:
 def _describe_errors(operation: dict[str, Any]) -> None:
     codes = [*operation.pop("x-errors", []), "internal_error"]
     if "security" in operation:
-        codes += ["unauthorized", "database_unavailable"]
+        codes.append("unauthorized")
+    if "health" not in operation["tags"]:
+        codes.append("database_unavailable")
+    if malformed := operation["responses"].get("422"):
+        malformed["content"] = {"application/json": {"schema": {"anyOf": [_ref("InvalidOut")]}}}
     by_status: dict[int, list[str]] = {}
-    for code in codes:
-        by_status.setdefault(_status(errors.CODES[code]), []).append(code)
+    for code in dict.fromkeys(codes):
+        by_status.setdefault(_status(errors.CODES[code]), []).append(f"`{code}`")
     for status, names in by_status.items():
-        described = ", ".join(f"`{name}`" for name in dict.fromkeys(names))
         response = operation["responses"].setdefault(str(status), {})
-        response["description"] = "; ".join(filter(None, [response.get("description"), described]))
-        response.setdefault("content", {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}})
+        response["description"] = "; ".join(filter(None, [response.get("description"), ", ".join(names)]))
+        content = response.setdefault("content", {"application/json": {"schema": {"anyOf": []}}})
+        content["application/json"]["schema"]["anyOf"].append(_ref("ErrorOut"))
+
+
+def _ref(model: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model}"}
 
 
 app = create_app(environment.load())

@@ -2,12 +2,13 @@
 
 import asyncio
 import hmac
+import re
 import secrets
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Literal, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from email_validator import EmailNotValidError, validate_email
 from fastapi import APIRouter, Depends, Request, status
@@ -24,14 +25,14 @@ import database
 import errors
 import file_utils
 from settings import Settings
-from turns import OpenParts
+from turns import Body, OpenParts
 
 T = TypeVar("T")
 
 ISSUER = "clawd-backend"
 WAITING_HASHES = 64  # logins that may wait for the one hashing thread; a hash takes some 20 ms
-FAILURES_BY_CALLER = RateLimitItemPerMinute(10, 5)  # wrong passwords of one address for one e-mail
-FAILURES_BY_EMAIL = RateLimitItemPerMinute(100, 5)  # wrong passwords for one e-mail, whoever tries
+FAILURES_BY_CALLER = RateLimitItemPerMinute(10, 5)  # wrong passwords of one address for one account
+FAILURES_BY_ACCOUNT = RateLimitItemPerMinute(100, 5)  # wrong passwords for one account, whoever tries
 
 router = APIRouter(tags=["auth"])
 
@@ -73,17 +74,27 @@ class Passwords:
         """The argon2id hash of a password. Raises errors.TooMany where too many wait already."""
         return await self._run(lambda: self._context.hash(password))
 
-    async def verify(self, password: str, hashed: str | None) -> tuple[bool, str | None]:
-        """Whether it is the password, and a better hash of it where there is one. An account without a hash
-        takes as long as any other. Raises errors.TooMany where too many wait already."""
-        return await self._run(lambda: self._verify(password, hashed))
+    async def verify(self, password: str, hashed: str | None, throttle: "Throttle", who: tuple[str, ...]) -> str | None:
+        """Returns where it is the password: a better hash of it, if there is one.
 
-    def _verify(self, password: str, hashed: str | None) -> tuple[bool, str | None]:
+        Raises errors.Unauthorized where it is not, errors.TooMany after too many that were not, or where too
+        many wait. Whatever stands in place of a hash takes the time of one.
+        """
+        throttle.check(*who)
+        return await self._run(lambda: self._verify(password, hashed, throttle, who))
+
+    def _verify(self, password: str, hashed: str | None, throttle: "Throttle", who: tuple[str, ...]) -> str | None:
+        throttle.check(*who)  # again, on the one thread: guesses sent at once are counted one after another
+        if not (hashed or "").startswith("$argon2"):
+            self._context.verify(password, self._dummy)
         try:
-            valid, better = self._context.verify_and_update(password, hashed or self._dummy)
-        except UnknownHashError:
-            return False, None
-        return (valid, better) if hashed else (False, None)
+            valid, better = self._context.verify_and_update(password, hashed) if hashed else (False, None)
+        except (UnknownHashError, ValueError):
+            valid, better = self._context.verify(password, self._dummy), None
+        if not valid:
+            throttle.count(*who)
+            raise errors.Unauthorized("The e-mail or the password is wrong.", code="invalid_credentials")
+        return better
 
     async def _run(self, work: Callable[[], T]) -> T:
         if self._waiting >= WAITING_HASHES:
@@ -121,36 +132,46 @@ class Tokens:
             if len(token) > 1024 or jwt.get_unverified_header(token) != {"alg": "HS256", "typ": "JWT"}:
                 raise _unauthorized()
             claims = jwt.decode(token, self._key, ["HS256"], options, audience=ISSUER, issuer=ISSUER)
-            return Claims(int(claims["sub"]), int(claims["ver"]), str(claims["jti"]), int(claims["exp"]))
-        except (JWTError, ValueError, KeyError, TypeError):
+            return _claims(claims)
+        except (JWTError, ValueError, KeyError, TypeError, OverflowError):
             raise _unauthorized() from None
 
 
+def _claims(claims: dict[str, Any]) -> Claims:
+    """The claims as `issue` writes them. Raises ValueError or KeyError for any others, signed or not."""
+    subject, version, jti, expires_at = (claims[name] for name in ("sub", "ver", "jti", "exp"))
+    if not re.fullmatch("[0-9]{1,18}", subject) or not re.fullmatch("[0-9a-f]{32}", jti):
+        raise ValueError("a claim is not ours")
+    if type(version) is not int or type(expires_at) is not int or max(version, expires_at) > database.MAX_ID:
+        raise ValueError("a claim is not ours")
+    return Claims(int(subject), version, jti, expires_at)
+
+
 class Throttle:
-    """Counts wrong passwords in this process: by caller and e-mail, and by e-mail alone, over five minutes."""
+    """Counts wrong passwords in this process, over five minutes: of one caller for one account, and for one
+    account whoever tries."""
 
     def __init__(self) -> None:
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
-    def check(self, caller: str, email: str) -> None:
+    def check(self, account: str, caller: str) -> None:
         """Raises errors.TooMany where there were too many."""
-        for limit, keys in self._limits(caller, email):
+        for limit, keys in self._limits(account, caller):
             if not self._limiter.test(limit, *keys):
                 reset_at = self._limiter.get_window_stats(limit, *keys).reset_time
                 raise errors.TooMany(
-                    "There were too many wrong passwords for this e-mail. Wait some minutes, then try again.",
+                    "There were too many wrong passwords for this account. Wait some minutes, then try again.",
                     code="too_many_attempts",
                     retry_after=max(1, round(reset_at - time.time())),
                 )
 
-    def count(self, caller: str, email: str) -> None:
+    def count(self, account: str, caller: str) -> None:
         """One more wrong password."""
-        for limit, keys in self._limits(caller, email):
+        for limit, keys in self._limits(account, caller):
             self._limiter.hit(limit, *keys)
 
-    def _limits(self, caller: str, email: str) -> tuple[tuple[RateLimitItemPerMinute, tuple[str, ...]], ...]:
-        key = database.email_key(email) or ""
-        return (FAILURES_BY_CALLER, (caller, key)), (FAILURES_BY_EMAIL, (key,))
+    def _limits(self, account: str, caller: str) -> tuple[tuple[RateLimitItemPerMinute, tuple[str, ...]], ...]:
+        return (FAILURES_BY_CALLER, (account, caller)), (FAILURES_BY_ACCOUNT, (account,))
 
 
 class Identity:
@@ -191,7 +212,12 @@ def load_secret(settings: Settings) -> bytes:
     the data directory, readable by its owner alone. Raises errors.Unavailable."""
     if settings.jwt_secret is not None:
         return settings.jwt_secret.get_secret_value().encode()
-    return file_utils.create_once(settings.data / "secret.key", secrets.token_hex(32).encode(), 0o600)
+    path = settings.data / "secret.key"
+    secret = file_utils.create_once(path, secrets.token_hex(32).encode(), 0o600)
+    if len(secret.strip()) < 32:
+        message = f"{path} is too short to sign with: delete it, and everybody signs in again; or set JWT_SECRET."
+        raise errors.Unavailable(message, code="disk_unavailable")
+    return secret
 
 
 def _unauthorized() -> errors.Unauthorized:
@@ -260,24 +286,24 @@ NewPassword = Annotated[str, Field(min_length=8, max_length=1024)]
 Password = Annotated[str, Field(max_length=1024)]
 
 
-class SignupIn(BaseModel):
+class SignupIn(Body):
     email: Email
     password: NewPassword
     name: Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)] | None = None
     invite: str | None = Field(None, max_length=200, description="Where SIGNUP is an invite code: that code.")
 
 
-class LoginIn(BaseModel):
+class LoginIn(Body):
     email: str = Field(max_length=320)
     password: Password
 
 
-class PasswordIn(BaseModel):
+class PasswordIn(Body):
     current_password: Password
     new_password: NewPassword
 
 
-class AccountDeletionIn(BaseModel):
+class AccountDeletionIn(Body):
     password: Password
 
 
@@ -321,13 +347,11 @@ async def sign_up(body: SignupIn, identity: OpenIdentity, parts: OpenParts) -> T
 async def log_in(body: LoginIn, request: Request, identity: OpenIdentity, parts: OpenParts) -> Token:
     """Signs in. A wrong password and an unknown e-mail are one answer, in words and in time."""
     email = body.email.strip()
-    caller = request.client.host if request.client else ""
-    identity.throttle.check(caller, email)
     user = parts.db.read(database.select_user_by_email, email)
-    valid, better = await identity.passwords.verify(body.password, user and user.password)
-    if user is None or not valid:
-        identity.throttle.count(caller, email)
-        raise errors.Unauthorized("The e-mail or the password is wrong.", code="invalid_credentials")
+    who = (f"login {database.email_key(email)}", _address(request))
+    better = await identity.passwords.verify(body.password, user and user.password, identity.throttle, who)
+    if user is None:
+        raise AssertionError("no password fits an account that does not exist")
     if better and user.password:
         await parts.db.write(database.update_password_hash, user.id, user.password, better)
     return identity.token(user)
@@ -372,8 +396,9 @@ async def delete_me(
 
 
 async def _confirm(user: database.User, password: str, request: Request, identity: Identity) -> None:
-    caller = request.client.host if request.client else ""
-    identity.throttle.check(caller, f"user {user.id}")
-    if not (await identity.passwords.verify(password, user.password))[0]:
-        identity.throttle.count(caller, f"user {user.id}")
-        raise errors.Unauthorized("The current password is wrong.", code="invalid_credentials")
+    who = (f"user {user.id}", _address(request))
+    await identity.passwords.verify(password, user.password, identity.throttle, who)
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from json.encoder import encode_basestring_ascii
 from sqlite3 import Connection
@@ -15,7 +16,7 @@ import database
 import errors
 import image_handler
 from auth import CurrentUser
-from turns import LiveReply, OpenParts, Parts, Said
+from turns import Body, LiveReply, OpenParts, Parts, Said
 
 FIRST_BYTE = 0.5  # seconds; contract: the response begins within a second
 FRAME = 64 * 1024  # characters of one frame at most, so that a slow reader is fed in small pieces
@@ -34,7 +35,7 @@ class ChatMessage(BaseModel):
     )
 
 
-class ChatIn(BaseModel):
+class ChatIn(Body):
     session_key: str = Field(max_length=200)
     messages: list[ChatMessage] = Field(
         description="May hold the whole conversation; only its last `user` message is taken."
@@ -185,6 +186,7 @@ IdempotencyKey = Annotated[
 ]
 CHAT_ERRORS = errors.raises(
     *("session_not_found", "no_user_message", "image_too_large", "unsupported_image", "invalid_image"),
+    "disk_unavailable",
     *("idempotency_key_reused", "session_busy", *errors.GATEWAY_CODES),
 )
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -344,10 +346,12 @@ async def resume_stream(
     user: CurrentUser,
     parts: OpenParts,
     last_event_id: Annotated[str | None, Header(description="Goes before `from`.")] = None,
-    start: Annotated[int, Query(alias="from", ge=0, description="Characters that are there already.")] = 0,
+    start: Annotated[
+        int, Query(alias="from", ge=0, le=database.MAX_ID, description="Characters that are there already.")
+    ] = 0,
 ) -> Response:
     """A reply's remaining frames from an offset on, live while it runs."""
-    if last_event_id is not None and not (last_event_id.isascii() and last_event_id.isdecimal()):
+    if last_event_id is not None and not re.fullmatch("[0-9]{1,18}", last_event_id):
         raise errors.Invalid("Last-Event-ID is the `id` of the last frame that was read: a number.")
     after = int(last_event_id) if last_event_id is not None else start
     parts.db.read(database.select_owned_message, user.id, session_id, message_id)
@@ -369,7 +373,7 @@ async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
     tags=["messages"],
     response_class=Response,
     responses={200: {"content": {"image/*": {}}, "description": "The image's bytes."}},
-    openapi_extra=errors.raises("image_not_found"),
+    openapi_extra=errors.raises("image_not_found", "disk_unavailable"),
 )
 async def read_image(
     image_id: Id, extension: str, parts: OpenParts, expires: str = "", signature: str = ""

@@ -443,7 +443,8 @@ def migrate(path: Path) -> None:
         if version > len(MIGRATIONS):
             raise errors.Unavailable(
                 f"{path} has schema version {version}, this code knows {len(MIGRATIONS)}: "
-                "start the newer code, or restore a backup made before it."
+                "start the newer code, or restore a backup made before it.",
+                code="database_unavailable",
             )
         used = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if used and version < len(MIGRATIONS):
@@ -451,7 +452,8 @@ def migrate(path: Path) -> None:
         for number in range(version, len(MIGRATIONS)):
             _apply(conn, MIGRATIONS[number], number + 1)
     except sqlite3.DatabaseError as error:
-        raise errors.Unavailable(f"{path} cannot be opened as a database: {error}.") from error
+        message = f"{path} cannot be opened as a database: {error}."
+        raise errors.Unavailable(message, code="database_unavailable") from error
     finally:
         conn.close()
 
@@ -646,12 +648,17 @@ def delete_user(conn: Connection, user_id: int) -> None:
 def insert_project(
     conn: Connection, user_id: int, name: str, description: str | None, project_path: str, errand_id: int
 ) -> Project:
-    """A project whose folder exists; the errand that would have removed an abandoned folder is called off."""
+    """A project whose folder exists; the errand that would have removed an abandoned folder is called off.
+
+    Raises errors.NotFound where the account is gone meanwhile.
+    """
     row = conn.execute(
-        "INSERT INTO projects AS p (user_id, name, description, project_path, created_at, updated_at) "
-        f"VALUES (?, ?, ?, ?, ?, ?) RETURNING {_PROJECT.replace('p.', '')}",
-        (user_id, name, description, project_path, now(), now()),
+        "INSERT INTO projects (user_id, name, description, project_path, created_at, updated_at) "
+        f"SELECT id, ?, ?, ?, ?, ? FROM users WHERE id = ? RETURNING {_PROJECT.replace('p.', '')}",
+        (name, description, project_path, now(), now(), user_id),
     ).fetchone()
+    if row is None:
+        raise errors.NotFound("The account was deleted meanwhile.", code="project_not_found")
     conn.execute("DELETE FROM outbox WHERE id = ?", (errand_id,))
     return Project(*row)
 

@@ -84,7 +84,7 @@ def tree(root: Path) -> list[Node]:
 def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
     """The same as `write_file` for a path of ours, whose folders may be links. Raises errors.Unavailable."""
     make_folder(target.parent)
-    with _explained(), _opened(target.parent, _OWN_FOLDER) as folder:
+    with _explained(ours=True), _opened(target.parent, _OWN_FOLDER) as folder:
         _replace(folder, target.name, data, mode)
 
 
@@ -94,7 +94,7 @@ def create_once(target: Path, data: bytes, mode: int = 0o600) -> bytes:
     Of several callers at once, in any process, one wins and all return its bytes. Raises errors.Unavailable.
     """
     make_folder(target.parent)
-    with _explained(), _opened(target.parent, _OWN_FOLDER) as folder:
+    with _explained(ours=True), _opened(target.parent, _OWN_FOLDER) as folder:
         if not target.exists():
             with _temporary(folder, data, mode) as name, suppress(FileExistsError):  # another was first
                 os.link(name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -105,14 +105,14 @@ def create_once(target: Path, data: bytes, mode: int = 0o600) -> bytes:
 def move(source: Path, target: Path) -> None:
     """Renames a file of ours, in place of what stands at `target`. Raises errors.NotFound, errors.Unavailable."""
     make_folder(target.parent)
-    with _explained(), _opened(target.parent, _OWN_FOLDER) as folder:
+    with _explained(ours=True), _opened(target.parent, _OWN_FOLDER) as folder:
         os.replace(source, target.name, dst_dir_fd=folder)
         os.fsync(folder)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents where they are missing. Raises errors.Unavailable, errors.Invalid."""
-    with _explained():
+    """Makes a folder and its parents where they are missing. Raises errors.Unavailable."""
+    with _explained(ours=True):
         missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def remove_tree(path: Path) -> None:
 
     A missing one is no error. Raises errors.Unavailable when something remains.
     """
-    with _explained(), suppress(FileNotFoundError), _opened(path.parent, _OWN_FOLDER) as parent:
+    with _explained(ours=True), suppress(FileNotFoundError), _opened(path.parent, _OWN_FOLDER) as parent:
         if not _unlinked(path.name, parent):
             with _opened(path.name, _FOLDER, parent) as folder:
                 _empty(folder)
@@ -153,14 +153,14 @@ def _invalid(reason: str) -> errors.Invalid:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Turns what the kernel says into what a caller may be told."""
+def _explained(*, ours: bool = False) -> Iterator[None]:
+    """Turns what the kernel says into what a caller may be told; of a path that is `ours`, it is the operator's."""
     try:
         yield
     except FileNotFoundError as error:
         raise errors.NotFound("There is no such file.", code="file_not_found") from error
     except OSError as error:
-        if error.errno in _WRONG_PATH:
+        if error.errno in _WRONG_PATH and not ours:
             raise _invalid("a link, or something that is no such file or folder, stands in it") from error
         message = f"The server's disk cannot be used now ({error.strerror}): its operator has to see to it."
         raise errors.Unavailable(message, code="disk_unavailable") from error

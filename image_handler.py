@@ -270,7 +270,7 @@ def _jpeg(picture: PIL.Image.Image, budget: int) -> bytes:
     budget leaves something to see, it is overdrawn rather than going below 1,024 pixels.
     """
     if picture.mode not in ("L", "RGB"):
-        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+        picture = picture.convert("RGB")
     for quality in (90, 75, 60):
         data = _saved(picture, quality)
         if len(data) <= budget:

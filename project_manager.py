@@ -15,7 +15,7 @@ import database
 import errors
 import file_utils
 from auth import CurrentUser
-from turns import OpenParts, Parts
+from turns import Body, OpenParts, Parts
 
 log = logging.getLogger("clawd.projects")
 
@@ -30,12 +30,12 @@ Label = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]
 AgentId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
-class ProjectIn(BaseModel):
+class ProjectIn(Body):
     name: Name
     description: Description | None = None
 
 
-class ProjectChange(BaseModel):
+class ProjectChange(Body):
     name: Name | None = None
     description: Description | None = None
 
@@ -49,12 +49,12 @@ class ProjectOut(BaseModel):
     created_at: str
 
 
-class SessionIn(BaseModel):
+class SessionIn(Body):
     label: Label | None = None
-    agent_id: AgentId = "main"
+    agent_id: AgentId | None = Field(None, description="`main` unless given.")
 
 
-class SessionChange(BaseModel):
+class SessionChange(Body):
     label: Label | None = None
     archived: bool | None = None
 
@@ -91,7 +91,7 @@ class FileOut(BaseModel):
     size: int = Field(description="Bytes.")
 
 
-class FileIn(BaseModel):
+class FileIn(Body):
     content: str
 
 
@@ -125,7 +125,7 @@ async def _create(parts: Parts, user_id: int, body: ProjectIn) -> database.Proje
     try:
         await asyncio.to_thread(_make_folder, folder, body)
         return await parts.db.write(database.insert_project, user_id, body.name, body.description, str(folder), errand)
-    except errors.AppError:
+    except Exception:
         await asyncio.to_thread(file_utils.remove_tree, folder)
         await parts.db.write(database.delete_errand, errand)
         raise
@@ -189,7 +189,7 @@ async def create_session(
 ) -> SessionOut:
     """Makes a session, a conversation of its own with an agent."""
     body = body or SessionIn()
-    session = await parts.db.write(database.insert_session, user.id, project_id, body.label, body.agent_id)
+    session = await parts.db.write(database.insert_session, user.id, project_id, body.label, body.agent_id or "main")
     return _session_out(session)
 
 
@@ -232,7 +232,7 @@ def _session_out(session: database.Session) -> SessionOut:
     "/projects/{project_id}/files",
     tags=["files"],
     response_model_exclude_none=True,
-    openapi_extra=errors.raises("project_not_found"),
+    openapi_extra=errors.raises("project_not_found", "disk_unavailable"),
 )
 async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> list[FileNode]:
     """The project's files and folders, each level sorted by name. Links are neither shown nor followed."""
@@ -243,7 +243,9 @@ async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> lis
 @router.get(
     "/projects/{project_id}/files/{path:path}",
     tags=["files"],
-    openapi_extra=errors.raises("project_not_found", "file_not_found", "invalid_path", "file_too_large"),
+    openapi_extra=errors.raises(
+        "project_not_found", "file_not_found", "invalid_path", "file_too_large", "disk_unavailable"
+    ),
 )
 async def read_file(project_id: Id, path: str, user: CurrentUser, parts: OpenParts) -> FileOut:
     """A file's text, or the news that it is binary."""

@@ -19,6 +19,7 @@ from typing import Annotated, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
+from pydantic import BaseModel, model_validator
 
 import database
 import errors
@@ -501,7 +502,30 @@ async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds)
 
 
-# --- what a request finds open ------------------------------------------------------------------------
+# --- what requests have in common ---------------------------------------------------------------------
+
+
+class Body(BaseModel):
+    """A request's JSON object. Text with half a character in it (a lone surrogate) is refused, wherever it is:
+    neither SQLite nor a file nor the gateway takes it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_characters(cls, data: object) -> object:
+        waiting = [data]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                waiting += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                waiting += value
+            elif isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in _not_ascii(value)):
+                raise ValueError("there is text in it that is no valid Unicode")
+        return data
+
+
+def _not_ascii(text: str) -> str:
+    return "" if text.isascii() else text  # pictures are ASCII, and long
 
 
 @dataclass(frozen=True, slots=True)

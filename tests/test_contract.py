@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sqlite3
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from .stand_in import USAGE, Received, StandIn, reply_text
 # alternatives, or the value itself.
 
 Shape = Any
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to load the world's certificates takes longer than a test here
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -343,6 +346,17 @@ def his(served: Served) -> Iterator[Scene]:
         yield Scene(person)
 
 
+def anonymous(url: str) -> httpx.Client:
+    """A client without a token."""
+    return httpx.Client(base_url=url, trust_env=False, verify=NO_TLS)
+
+
+def get(url: str, headers: dict[str, str] | None = None) -> httpx.Response:
+    """What anybody gets there."""
+    with anonymous("") as http:
+        return http.get(url, headers=headers)
+
+
 def asked(openclaw: StandIn, session: JSON) -> list[Received]:
     """What the gateway was asked in a session."""
     return [request for request in openclaw.requests if session["session_key"] in request.session_key]
@@ -388,7 +402,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 @pytest.fixture(scope="module")
 def document(served: Served) -> JSON:
     """The OpenAPI document, as anybody gets it."""
-    response = httpx.get(f"{served.url}/openapi.json", trust_env=False)
+    response = get(f"{served.url}/openapi.json")
     assert response.status_code == 200
     got: JSON = response.json()
     return got
@@ -518,7 +532,7 @@ def test_openapi_is_whole(document: JSON) -> None:
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
 def test_the_documentation_is_open(path: str, served: Served) -> None:
     """Whoever writes a client reads it without an account."""
-    assert httpx.get(served.url + path, trust_env=False).status_code == 200
+    assert get(served.url + path).status_code == 200
 
 
 def test_every_code_has_one_status() -> None:
@@ -549,7 +563,7 @@ def test_a_route_answers_as_the_contract_says(route: Route, scene: Scene, docume
 def test_a_route_is_closed_to_the_anonymous(route: Route, hers: Scene, served: Served, document: JSON) -> None:
     """401 that says so and how to sign in, before anything else is looked at, and nothing has changed."""
     before = hers.all()
-    with httpx.Client(base_url=served.url, trust_env=False) as http:
+    with anonymous(served.url) as http:
         response = send(http, route, hers.names)
     assert response.status_code == 401
     assert not differences(response.json(), {"detail": str, "code": "unauthorized"})
@@ -561,7 +575,7 @@ def test_a_route_is_closed_to_the_anonymous(route: Route, hers: Scene, served: S
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.public], ids=by_name)
 def test_a_public_route_needs_no_token(route: Route, hers: Scene, served: Served) -> None:
     """Signing in, health, and a picture whose URL is its own ticket; a token that is no good does no harm."""
-    with httpx.Client(base_url=served.url, trust_env=False) as http:
+    with anonymous(served.url) as http:
         fresh = hers.names | {"new_email": f"{uuid.uuid4().hex}@example.com"}
         assert send(http, route, fresh).status_code == route.status
         fresh = hers.names | {"new_email": f"{uuid.uuid4().hex}@example.com"}
@@ -709,8 +723,8 @@ def _(stage: Stage) -> httpx.Response:
 
 @provokes("signup_closed")
 def _(stage: Stage) -> httpx.Response:
-    url = stage.serve(signup=SecretStr("closed")).url
-    return httpx.post(f"{url}/auth/signup", json={"email": "a@example.com", "password": "12345678"}, trust_env=False)
+    with anonymous(stage.serve(signup=SecretStr("closed")).url) as http:
+        return sign_up(http)
 
 
 @provokes("project_not_found")
@@ -805,7 +819,7 @@ def _(stage: Stage) -> httpx.Response:
 @provokes("not_ready")
 def _(stage: Stage) -> httpx.Response:
     service = stage.serve(clawdbot_base_url=f"http://127.0.0.1:{free_port()}")
-    return httpx.get(f"{service.url}/health/ready", trust_env=False)
+    return get(f"{service.url}/health/ready")
 
 
 @provokes("gateway_error")
@@ -969,7 +983,7 @@ def test_every_response_carries_its_id(scene: Scene) -> None:
         assert response.headers["X-Request-ID"] == "mine-1"
         assert len(http.get(path).headers["X-Request-ID"]) >= 16
     for strange in (b"x" * 1000, b"two words", b"\xff", b""):
-        name = http.get("/health", headers={"X-Request-ID": strange}).headers["X-Request-ID"]
+        name = http.get("/health", headers={b"X-Request-ID": strange}).headers["X-Request-ID"]
         assert re.fullmatch(r"[\x21-\x7e]{16,128}", name)
         assert name.encode() != strange
 
@@ -997,7 +1011,7 @@ def test_only_configured_origins_may_call(serve: Callable[..., Served]) -> None:
     """A list of origins leaves all others out."""
     service = serve(cors_origins=("https://chat.example.com", "http://localhost:3000"))
     for origin, allowed in (("https://chat.example.com", True), ("https://evil.example.com", False)):
-        response = httpx.get(f"{service.url}/health", headers={"Origin": origin}, trust_env=False)
+        response = get(f"{service.url}/health", headers={"Origin": origin})
         assert response.headers.get("Access-Control-Allow-Origin") == (origin if allowed else None)
 
 
@@ -1087,7 +1101,7 @@ def test_the_password_is_asked_for_what_matters(method: str, path: str, body: JS
 @pytest.mark.parametrize(("invite", "status"), [("let me in", 201), ("let me", 403), ("", 403), (None, 403)])
 def test_an_invite_opens_the_sign_up(invite: str | None, status: int, serve: Callable[..., Served]) -> None:
     """Where `SIGNUP` is a code, an account needs just that code."""
-    with httpx.Client(base_url=serve(signup=SecretStr("let me in")).url, trust_env=False) as http:
+    with anonymous(serve(signup=SecretStr("let me in")).url) as http:
         response = sign_up(http, **({} if invite is None else {"invite": invite}))
         assert response.status_code == status
 
@@ -1334,7 +1348,11 @@ def test_only_the_last_user_message_is_taken(ada: Person, openclaw: StandIn) -> 
     [
         [],
         [{"role": "assistant", "content": "Hello"}],
-        *([{"role": "user", "content": words} for words in ("Hello", empty)] for empty in ("", " \n", None, [])),
+        [{"role": "user", "content": "Hello"}, {"role": "user", "content": ""}],
+        [{"role": "user", "content": "Hello"}, {"role": "user", "content": " \n"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user"}],
+        [{"role": "user", "content": []}],
         [{"role": "user", "content": [{"type": "text", "text": ""}]}],
         [{"role": "user", "content": [{"type": "input_audio"}]}],
     ],
@@ -1368,7 +1386,7 @@ def test_an_image_is_judged_by_its_bytes(kind: str, label: str, ada: Person, ope
     prefix = f"data:{KINDS[kind]};base64," if label == "its own" else label
     assert chat(ada, "Look", session, image=prefix + encoded(data)).status_code == 200
     texts, images = content_of(openclaw, session)
-    shown = httpx.get(ada.messages(session)[0]["image"], trust_env=False)
+    shown = get(ada.messages(session)[0]["image"])
     assert (texts, images) == (["Look"], [shown.content])
     if kind == "HEIF":
         assert PIL.Image.open(io.BytesIO(shown.content)).size == (24, 16)
@@ -1393,7 +1411,7 @@ def test_content_may_be_parts(ada: Person, openclaw: StandIn) -> None:
     assert content_of(openclaw, session) == (["These\nare colours"], colors)
     said = ada.messages(session)[0]
     assert said["content"] == "These\nare colours"
-    assert [httpx.get(url, trust_env=False).content for url in said["images"]] == colors
+    assert [get(url).content for url in said["images"]] == colors
     assert said["image"] == said["images"][0]
 
 
@@ -1697,22 +1715,14 @@ def stored(served: Served) -> Iterator[Stored]:
         yield Stored(person.http, f"/sessions/{session['id']}/messages/{reply_id}/stream", reply_id)
 
 
-def asks(how: str, after: int) -> JSON:
-    """The request that resumes from an offset."""
-    other = 3
-    return {
-        "header": {"headers": {"Last-Event-ID": str(after)}},
-        "query": {"params": {"from": after}},
-        "both": {"headers": {"Last-Event-ID": str(after)}, "params": {"from": other}},
-    }[how]
-
-
 @pytest.mark.parametrize("after", OFFSETS)
 @pytest.mark.parametrize("how", ["header", "query", "both"])
 def test_a_reply_is_resumed_from_any_character(how: str, after: int, stored: Stored) -> None:
     """By `Last-Event-ID`, or `?from=`, of which the header goes first: the rest of it, its end and `[DONE]`; past
     the end that is all that there is."""
-    response = stored.http.get(stored.url, **asks(how, after))
+    headers = {} if how == "query" else {"Last-Event-ID": str(after)}
+    params = {"query": {"from": after}, "both": {"from": 3}}.get(how, {})
+    response = stored.http.get(stored.url, headers=headers, params=params)
     assert response.status_code == 200
     assert response.headers["Content-Type"].partition(";")[0] == "text/event-stream"
     assert (response.headers["Cache-Control"], response.headers["X-Accel-Buffering"]) == ("no-cache", "no")
@@ -1731,7 +1741,7 @@ def test_without_an_offset_a_reply_comes_from_its_beginning(stored: Stored) -> N
 @pytest.mark.parametrize("wrong", [b"five", b"-1", b"1.5", b"1e3", b"", b"0x10", b"1_0", b"\xb2", b"9" * 5000])
 def test_a_malformed_last_event_id_is_refused(wrong: bytes, stored: Stored, document: JSON) -> None:
     """400: it is no frame's id, and to begin anew would double the text."""
-    response = stored.http.get(stored.url, headers={"Last-Event-ID": wrong})
+    response = stored.http.get(stored.url, headers={b"Last-Event-ID": wrong})
     assert (response.status_code, response.json()["code"]) == (400, "invalid_request")
     assert not undocumented(response, document)
 
@@ -1836,7 +1846,7 @@ def test_a_picture_loads_without_a_header(scene: Scene, served: Served) -> None:
     take for a page."""
     url = scene.person.messages(scene.session)[0]["image"]
     assert url.startswith(served.url)
-    response = httpx.get(url, trust_env=False)
+    response = get(url)
     assert (response.status_code, response.content) == (200, PNG)
     assert response.headers["Content-Type"] == "image/png"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -1899,7 +1909,7 @@ def test_a_pictures_url_expires(age: int, status: int, hers: Scene, served: Serv
 
 def test_health_says_what_runs(served: Served, openclaw: StandIn) -> None:
     """Version, port and gateway are those of this service, and no secret is told."""
-    response = httpx.get(f"{served.url}/health", trust_env=False)
+    response = get(f"{served.url}/health")
     health = response.json()
     assert (health["port"], health["gateway"]["url"]) == (served.port, openclaw.url)
     assert (health["environment"] == "production") == (health["branch"] == "main")
@@ -1911,14 +1921,14 @@ def test_health_says_what_runs(served: Served, openclaw: StandIn) -> None:
 def test_health_does_not_wait_for_the_gateway(serve: Callable[..., Served], document: JSON) -> None:
     """200 at once where nothing answers there; readiness says 503, the cause and its fix."""
     service = serve(clawdbot_base_url=f"http://127.0.0.1:{free_port()}")
-    httpx.get(f"{service.url}/health", trust_env=False)
+    get(f"{service.url}/health")
     started = time.monotonic()
-    response = httpx.get(f"{service.url}/health", trust_env=False)
+    response = get(f"{service.url}/health")
     assert time.monotonic() - started < 0.5
     assert response.status_code == 200
-    until(lambda: httpx.get(f"{service.url}/health", trust_env=False).json()["gateway"]["checked_at"], 5, "a look")
-    assert httpx.get(f"{service.url}/health", trust_env=False).json()["gateway"]["ok"] is False
-    ready = httpx.get(f"{service.url}/health/ready", trust_env=False)
+    until(lambda: get(f"{service.url}/health").json()["gateway"]["checked_at"], 5, "a look")
+    assert get(f"{service.url}/health").json()["gateway"]["ok"] is False
+    ready = get(f"{service.url}/health/ready")
     assert (ready.status_code, ready.json()["code"]) == (503, "not_ready")
     assert "CLAWDBOT_BASE_URL" in ready.json()["detail"]
     assert not undocumented(ready, document)
@@ -1928,7 +1938,7 @@ def test_health_is_an_error_without_the_database(serve: Callable[..., Served], d
     """503 that says so, documented like the rest."""
     service = serve()
     spoil(service, "ALTER TABLE users RENAME TO elsewhere")
-    response = httpx.get(f"{service.url}/health", trust_env=False)
+    response = get(f"{service.url}/health")
     assert response.status_code == 503
     assert not differences(response.json(), HEALTH | {"status": "error", "database": {"ok": False, "sqlite": str}})
     assert int(response.headers["Retry-After"]) > 0

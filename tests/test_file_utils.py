@@ -6,6 +6,7 @@ import resource
 import shutil
 import socket
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -52,16 +53,18 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def deep_folder(top: Path, depth: int) -> None:
-    """Nested folders, deeper than a path may be long."""
-    fd = os.open(top, os.O_RDONLY)
-    for _ in range(depth):
+@pytest.fixture
+def deep(root: Path) -> Iterator[Path]:
+    """A root with 3,000 folders, each in the one before: deeper than a path may be long."""
+    fd = os.open(root, os.O_RDONLY)
+    for _ in range(3000):
         os.mkdir("d", dir_fd=fd)
-        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
-        os.close(fd)
-        fd = inner
+        outer, fd = fd, os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(outer)
     os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
     os.close(fd)
+    yield root
+    subprocess.run(["rm", "-rf", root], check=True)  # what pytest cannot remove breaks every later run
 
 
 @contextmanager
@@ -218,10 +221,11 @@ class TestRead:
         with pytest.raises(errors.NotFound):
             file_utils.read_file(root / "nothing", "file", LIMIT)
 
-    def test_limit(self, root: Path) -> None:
+    def test_limit(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A file of exactly the limit is read, one byte more is refused."""
         (root / "file").write_bytes(b"x" * 5000)
         assert len(file_utils.read_file(root, "file", 5000)) == 5000
+        monkeypatch.delattr(os, "read")  # a file that is too large by its size is not even begun
         with pytest.raises(errors.TooLarge) as caught:
             file_utils.read_file(root, "file", 4999)
         assert caught.value.name == "file_too_large"
@@ -473,15 +477,13 @@ class TestTree:
         assert node["children"][0]["path"] == "caf\ufffd/\ufffd"
         json.dumps(file_utils.tree(root), ensure_ascii=False).encode()
 
-    def test_depth(self, root: Path) -> None:
+    def test_depth(self, deep: Path) -> None:
         """Folders nested without end are shown down to a depth that JSON encoders bear."""
-        deep_folder(root, 3000)
-        nodes, depth = file_utils.tree(root), 0
+        nodes, depth = file_utils.tree(deep), 0
         json.dumps(nodes)
         while nodes:
             nodes, depth = nodes[0]["children"], depth + 1
         assert depth == file_utils.MAX_DEPTH
-        file_utils.remove_tree(root)
 
     def test_closed_folder(self) -> None:
         """A folder that may not be read is shown empty, and what stands beside it is shown."""
@@ -634,12 +636,11 @@ class TestRemove:
             file_utils.remove_tree(tmp_path / name)
         assert everything(tmp_path) == {"outside", "outside/file"}
 
-    def test_deep(self, root: Path) -> None:
+    def test_deep(self, deep: Path) -> None:
         """Depth costs no stack and no descriptors."""
-        deep_folder(root, 3000)
-        deep_folder(root / "d", 0)
-        file_utils.remove_tree(root)
-        assert not root.exists()
+        file_utils.write_file(deep, "d/d/beside/file", b"x")
+        file_utils.remove_tree(deep)
+        assert not deep.exists()
 
     def test_read_only(self) -> None:
         """Folders that may be neither written, read nor entered are no obstacle to their owner."""
@@ -665,11 +666,17 @@ class TestRemove:
     def test_two_at_once(self, tmp_path: Path) -> None:
         """Two that remove the same folder come to its end, and neither takes the other's work for a failure."""
         for number in range(20):
-            root = tmp_path / str(number)
-            for path in ("a/b/c", "a/d/e", "f/g/h", "i/j/k"):
-                file_utils.write_file(root, path, b"x")
+            root, start = tmp_path / str(number), threading.Barrier(2)
+            for folder in range(60):
+                (root / f"{folder}/a/b").mkdir(parents=True)
+                (root / f"{folder}/a/file").write_bytes(b"x")
+
+            def remove(root: Path, start: threading.Barrier = start) -> None:
+                start.wait()
+                file_utils.remove_tree(root)
+
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(file_utils.remove_tree, [root, root]))
+                list(pool.map(remove, [root, root]))
             assert not root.exists()
 
 

@@ -1,5 +1,6 @@
 """What the tests share: one model provider, one gateway and one service for all that do not break them."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,8 @@ def pytest_sessionstart() -> None:
         OpenClaw.of_environment()
     except LookupError as missing:
         raise pytest.UsageError(str(missing)) from None
+    # A CI job that is ended takes its gateways with it: like Ctrl-C, so that the fixtures clean up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
