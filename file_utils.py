@@ -125,6 +125,8 @@ def remove_tree(path: Path) -> None:
 
     A missing one is no error. Raises errors.Unavailable when something remains.
     """
+    if not path.parent.is_dir():
+        return
     with _explained(ours=True), suppress(FileNotFoundError), _opened(path.parent, _OWN_FOLDER) as parent:
         if not _unlinked(path.name, parent):
             with _opened(path.name, _FOLDER, parent) as folder:

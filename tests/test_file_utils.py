@@ -679,6 +679,21 @@ class TestRemove:
                 list(pool.map(remove, [root, root]))
             assert not root.exists()
 
+    def test_another_was_faster(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where somebody else has just removed a part, all the rest goes too."""
+        for number in range(5):
+            file_utils.write_file(root, f"{number}/file", b"x")
+        remove, faster = os.rmdir, iter([True])
+
+        def rmdir(name: str, dir_fd: int) -> None:
+            remove(name, dir_fd=dir_fd)
+            if next(faster, False):
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+        monkeypatch.setattr(os, "rmdir", rmdir)
+        file_utils.remove_tree(root)
+        assert not root.exists()
+
 
 class TestSlug:
     @pytest.mark.parametrize(
