@@ -177,7 +177,8 @@ class RequestLog:
         finally:
             level = logging.DEBUG if scope["path"].startswith("/health") else logging.INFO
             took = (time.perf_counter() - started) * 1000
-            log.log(level, "%s %s %d %.1f ms", scope["method"], scope["path"], status, took)
+            path = scope["raw_path"].decode("ascii", "replace")  # as it was sent: no line break gets into the log
+            log.log(level, "%s %s %d %.1f ms", scope["method"], path, status, took)
 
 
 class CatchAll:
@@ -200,7 +201,7 @@ class CatchAll:
         except Exception:
             if scope["type"] != "http" or started:
                 raise
-            log.exception("unexpected error in %s %s", scope["method"], scope["path"])
+            log.exception("unexpected error in %s %r", scope["method"], scope["path"])
             failed = errors.AppError("Something went wrong here. Tell the operator this response's X-Request-ID.")
             await _error_response(failed)(scope, receive, send)
 

@@ -8,7 +8,7 @@ from json.encoder import encode_basestring_ascii
 from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +16,7 @@ import database
 import errors
 import image_handler
 from auth import CurrentUser
-from turns import Body, LiveReply, OpenParts, Parts, Said
+from turns import Body, Id, LiveReply, OpenParts, Parts, Said
 
 FIRST_BYTE = 0.5  # seconds; contract: the response begins within a second
 FRAME = 64 * 1024  # characters of one frame at most, so that a slow reader is fed in small pieces
@@ -24,8 +24,6 @@ SMALL_PAGE = 100  # messages that are read in place; more are read and rendered 
 FINISH_REASONS = {"complete": "stop", "empty": "stop", "failed": "error"}
 
 router = APIRouter()
-
-Id = Annotated[int, Path(ge=1, le=database.MAX_ID)]
 
 
 class ChatMessage(BaseModel):

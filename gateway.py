@@ -257,13 +257,14 @@ class CompletionReader:
         if not isinstance(chunk, dict):
             raise _no_completion()
         if "error" in chunk:
-            log.warning("the gateway reported an error in its stream: %.500s", chunk["error"])
+            log.warning("the gateway reported an error in its stream: %.500r", chunk["error"])
             raise errors.GatewayError(
                 "The agent failed while it was replying. Try again; if it goes on, the operator should look at "
                 "the gateway's log.",
                 retryable=True,
             )
-        self.run_id = self.run_id or chunk.get("id")
+        if self.run_id is None and isinstance(chunk.get("id"), str):
+            self.run_id = chunk["id"]
         if isinstance(chunk.get("usage"), dict):
             self.usage = _usage(chunk["usage"], "prompt_tokens", "completion_tokens", "total_tokens")
         try:
@@ -332,7 +333,7 @@ class Gateway:
                 if response.status != 200:
                     raise _refused(response.status, await self._read_refusal(response))
                 if response.content_type != "text/event-stream":
-                    log.warning("the gateway answered with %s", response.content_type)
+                    log.warning("the gateway answered with %.100r", response.content_type)
                     raise _no_completion()
                 async for received in response.content.iter_any():
                     yield Chunk(reader.feed(received), reader.run_id, reader.usage)
@@ -357,7 +358,7 @@ class Gateway:
 
     async def _read_refusal(self, response: aiohttp.ClientResponse) -> str | None:
         said = (await response.content.read(2000)).decode(errors="replace")
-        log.warning("the gateway answered %d: %.500s", response.status, self._without_token(said))
+        log.warning("the gateway answered %d: %.500r", response.status, self._without_token(said))
         return response.headers.get("Retry-After")
 
     def _without_token(self, text: str) -> str:
@@ -456,7 +457,7 @@ async def _request(
             break
     if not frame.get("ok"):
         error = frame.get("error") or {}
-        log.warning("the gateway refused %s: %.300s", method, error.get("message"))
+        log.warning("the gateway refused %s: %.300r", method, error.get("message"))
         raise _refused(401 if method == "connect" else 500, None)
     payload = frame.get("payload")
     return payload if isinstance(payload, dict) else {}

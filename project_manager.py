@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, status
-from fastapi import Path as PathParam
 from pydantic import BaseModel, Field, StringConstraints
 
 import database
 import errors
 import file_utils
 from auth import CurrentUser
-from turns import Body, OpenParts, Parts
+from turns import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.projects")
 
@@ -23,7 +22,6 @@ MAX_FILE = 10 * 1024 * 1024  # bytes, contract
 
 router = APIRouter()
 
-Id = Annotated[int, PathParam(ge=1, le=database.MAX_ID)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 Description = Annotated[str, StringConstraints(max_length=4000)]
 Label = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200)]

@@ -19,6 +19,7 @@ from typing import Annotated, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
+from fastapi import Path as PathParam
 from pydantic import BaseModel, model_validator
 
 import database
@@ -326,7 +327,9 @@ class Turns:
                 )
                 stored = True
             except errors.Unavailable:
-                log.error("the end of reply %d could not be stored, trying again", reply.id)
+                log.error("the end of reply %d could not be stored", reply.id)
+                if self.draining:
+                    return  # whoever comes next finds it left behind
                 await asyncio.sleep(1)
         reply.follow(self._db.read(database.select_reply, reply.id))
 
@@ -503,6 +506,9 @@ async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
 
 
 # --- what requests have in common ---------------------------------------------------------------------
+
+
+Id = Annotated[int, PathParam(ge=1, le=database.MAX_ID)]
 
 
 class Body(BaseModel):

@@ -287,7 +287,7 @@ class StandIn:
     `requests`, `runs` and `deleted` grow in the order of what happens; `sessions` holds the transcripts.
     """
 
-    def __init__(self, port: int = 0, token: str = "stand-in", *, demo: bool = False) -> None:  # noqa: S107
+    def __init__(self, port: int = 0, token: str = "stand-in-token", *, demo: bool = False) -> None:  # noqa: S107
         self.host = "127.0.0.1"
         self.port = port
         self.token = token
@@ -538,7 +538,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.stand_in", description=__doc__.partition("\n")[0])
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes a free one")
-    parser.add_argument("--token", default="stand-in")
+    parser.add_argument("--token", default="stand-in-token")
     parser.add_argument("--demo", action="store_true", help="talk like a friendly demo, a word every 30 ms")
     parser.add_argument("--port-file", type=Path, help="write the port into this file once it listens")
     options = parser.parse_args()

@@ -1,0 +1,306 @@
+"""SQLite as the service uses it: transactions, the schema's own rules, leases, migrations, two processes."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from sqlite3 import Connection
+
+import pytest
+
+import database
+import errors
+from database import Database, Lease
+
+from .service import CHECKOUT
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a database is to be."""
+    return tmp_path / "some.db"
+
+
+def using(path: Path, work: Callable[[Database], object]) -> object:
+    """What `work(db)`, a coroutine function, brings back with the database open."""
+
+    async def run() -> object:
+        db = Database(path)
+        db.open()
+        try:
+            return await work(db)  # type: ignore[misc]
+        finally:
+            db.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def conn(path: Path) -> Iterator[Connection]:
+    """A connection to a new database with a session in it."""
+    database.migrate(path)
+    conn = database.connect(path, read_only=False)
+    user = database.insert_user(conn, "Ada@example.com", None, "hash")
+    project = database.insert_project(conn, user.id, "P", None, "/p", 0)
+    database.insert_session(conn, user.id, project.id, None, "main")
+    yield conn
+    conn.close()
+
+
+def begin(conn: Connection, key: str | None = None, owner: str = "me") -> database.Begun:
+    """A turn in the session."""
+    session = database.select_session(conn, 1, 1)
+    return database.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", key, owner)
+
+
+# --- transactions -------------------------------------------------------------------------------------
+
+
+def test_a_job_that_fails_undoes_itself_alone(path: Path) -> None:
+    """Of jobs that are committed together, one that raises leaves no trace and spoils no other."""
+
+    def fail(conn: Connection) -> None:
+        database.insert_user(conn, "bad@example.com", None, "h")
+        raise errors.Conflict("no")
+
+    async def work(db: Database) -> list[object]:
+        good = [db.write(database.insert_user, f"{number}@example.com", None, "h") for number in range(20)]
+        results = await asyncio.gather(*good[:10], db.write(fail), *good[10:], return_exceptions=True)
+        assert [type(result) for result in results] == [database.User] * 10 + [errors.Conflict] + [database.User] * 10
+        return db.read(lambda conn: conn.execute("SELECT count(*) FROM users").fetchone())
+
+    assert using(path, work) == (20,)
+
+
+def test_a_reader_cannot_write(path: Path) -> None:
+    """The connections that read refuse to write, so that one alone writes and checkpoints."""
+
+    async def work(db: Database) -> None:
+        with pytest.raises(errors.Unavailable):
+            db.read(database.insert_user, "a@example.com", None, "h")
+        with pytest.raises(errors.Unavailable):
+            await db.read_aside(database.insert_user, "a@example.com", None, "h")
+
+    using(path, work)
+
+
+def test_a_writer_that_waits_for_another_process_gets_its_turn(path: Path) -> None:
+    """While another process holds the database a write waits, and is done afterwards."""
+
+    async def work(db: Database) -> None:
+        script = (
+            "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None); "
+            "c.execute('BEGIN IMMEDIATE'); print(flush=True); time.sleep(1); c.execute('COMMIT')"
+        )
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", script, path, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        await other.stdout.readline()
+        user = await db.write(database.insert_user, "a@example.com", None, "h")
+        assert db.read(database.select_user_by_email, "A@EXAMPLE.COM") == user
+
+    using(path, work)
+
+
+def test_a_full_disk_is_said_and_leaves_no_half(path: Path) -> None:
+    """Where SQLite cannot write, every waiting job hears that the database cannot be used, and the next go on."""
+
+    async def work(db: Database) -> None:
+        await db.write(lambda conn: conn.execute("PRAGMA max_page_count=60"))
+        big = [db.write(database.insert_user, f"{number}@example.com", "x" * 100_000, "h") for number in range(9)]
+        results = await asyncio.gather(*big, return_exceptions=True)
+        assert any(isinstance(result, errors.Unavailable) for result in results)
+        stored = db.read(lambda conn: conn.execute("SELECT count(*) FROM users").fetchone()[0])
+        assert stored == sum(isinstance(result, database.User) for result in results)
+        assert await db.write(database.insert_user, "small@example.com", None, "h")
+
+    using(path, work)
+
+
+# --- the schema's own rules ---------------------------------------------------------------------------
+
+
+def test_one_reply_runs_in_a_session(conn: Connection) -> None:
+    """A second running reply in a session is refused by the database."""
+    begin(conn)
+    second = begin(conn)
+    with pytest.raises(sqlite3.IntegrityError):
+        conn.execute("UPDATE messages SET status = 'streaming' WHERE id = ?", (second.reply_id,))
+
+
+def test_a_key_makes_one_turn(conn: Connection) -> None:
+    """The same key is the same turn; the database refuses a second row of it."""
+    first, other = begin(conn, "key"), begin(conn)
+    assert begin(conn, "key") == first._replace(existing=True)
+    with pytest.raises(sqlite3.IntegrityError, match="idempotency_key"):
+        conn.execute("UPDATE turns SET idempotency_key = 'key' WHERE reply_id = ?", (other.reply_id,))
+
+
+WAYS = {
+    "queued": ("streaming", "stopped"),
+    "streaming": ("complete", "stopped", "interrupted", "failed", "empty"),
+}
+STATES = ("queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty")
+
+
+@pytest.mark.parametrize("new", STATES)
+@pytest.mark.parametrize("old", STATES)
+def test_a_turn_goes_no_other_way(conn: Connection, old: str, new: str) -> None:
+    """From each state a turn can go where the states say, and nowhere else, whoever tries."""
+    insert = "INSERT INTO messages (id, session_id, role, content, status, created_at) VALUES (9, 1, 'a', '', ?, '')"
+    conn.execute(insert, (old,))
+    change = ("UPDATE messages SET status = ? WHERE id = 9", (new,))
+    if new == old or new in WAYS.get(old, ()):
+        conn.execute(*change)
+    else:
+        with pytest.raises(sqlite3.IntegrityError, match="cannot go"):
+            conn.execute(*change)
+
+
+def test_only_a_running_reply_changes(conn: Connection) -> None:
+    """The text of a message that is final, or not begun, cannot be changed."""
+    begun = begin(conn)
+    for message_id in (begun.message_id, begin(conn).reply_id):
+        with pytest.raises(sqlite3.IntegrityError, match="only a running reply"):
+            conn.execute("UPDATE messages SET content = 'x' WHERE id = ?", (message_id,))
+    conn.execute("UPDATE messages SET content = 'x' WHERE id = ?", (begun.reply_id,))
+
+
+def test_what_is_not_ours_is_not_written(conn: Connection) -> None:
+    """A worker that lost a turn can neither store its text nor end it."""
+    begun = begin(conn, owner="another")
+    assert database.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
+    assert not database.finish_turn(conn, begun.reply_id, "me", "complete", "text", None, None, None)
+    reply = database.select_reply(conn, begun.reply_id)
+    assert reply is not None
+    assert (reply.status, reply.content) == ("streaming", "")
+
+
+# --- leases -------------------------------------------------------------------------------------------
+
+
+def _hold(folder: Path, name: "multiprocessing.Queue[str]") -> None:
+    lease = Lease(folder)
+    lease.take()
+    name.put(lease.name)
+    time.sleep(60)
+
+
+def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
+    """A process that is frozen holds its lease; one that is killed has lost it at once."""
+    mine, context = Lease(tmp_path), multiprocessing.get_context("spawn")
+    mine.take()
+    told: multiprocessing.Queue[str] = context.Queue()
+    process = context.Process(target=_hold, args=(tmp_path, told))
+    process.start()
+    name = told.get(timeout=30)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert mine.alive(name)
+    assert mine.alive(mine.name)
+    process.kill()
+    process.join()
+    assert not mine.alive(name)
+    Lease(tmp_path).take()
+    assert not (tmp_path / name).exists()
+    mine.release()
+    assert not mine.alive(mine.name)
+
+
+# --- migrations ---------------------------------------------------------------------------------------
+
+
+def test_a_new_database_has_the_newest_schema(path: Path) -> None:
+    """A new file is made by the same migrations, without a copy beside it; opening it again changes nothing."""
+    database.migrate(path)
+    before = path.read_bytes()
+    database.migrate(path)
+    assert path.read_bytes() == before
+    with sqlite3.connect(path) as conn:
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(database.MIGRATIONS)
+        assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    assert list(path.parent.glob("*.backup")) == []
+
+
+@pytest.mark.parametrize("content", [b"this is no database, just a text that is long enough to look like one" * 20])
+def test_what_is_no_database_is_refused_and_untouched(path: Path, content: bytes) -> None:
+    """A file that is something else is refused with a sentence, and left as it is."""
+    path.write_bytes(content)
+    with pytest.raises(errors.Unavailable, match="cannot be opened as a database"):
+        Database(path).open()
+    assert path.read_bytes() == content
+
+
+def test_a_newer_database_is_refused(path: Path) -> None:
+    """A file of a newer schema is refused with what to do, and left as it is."""
+    database.migrate(path)
+    with sqlite3.connect(path) as conn:
+        conn.execute("PRAGMA user_version=999")
+    conn.close()
+    before = path.read_bytes()
+    with pytest.raises(errors.Unavailable, match="start the newer code"):
+        Database(path).open()
+    assert path.read_bytes() == before
+
+
+def test_two_processes_that_start_at_once_make_one_database(path: Path) -> None:
+    """Two first starts at the same moment are as one."""
+    script = (
+        "import pathlib, sys; sys.path.insert(0, sys.argv[2]); import database; "
+        "db = database.Database(pathlib.Path(sys.argv[1])); db.open(); db.close()"
+    )
+    starts = [subprocess.Popen([sys.executable, "-c", script, path, CHECKOUT]) for _ in range(4)]
+    assert [start.wait(60) for start in starts] == [0] * 4
+    with sqlite3.connect(path) as conn:
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(database.MIGRATIONS)
+
+
+# --- two processes, kill -9 ---------------------------------------------------------------------------
+
+WRITE = """
+import asyncio, pathlib, sys
+sys.path.insert(0, sys.argv[2])
+import database
+
+async def main():
+    db = database.Database(pathlib.Path(sys.argv[1]))
+    db.open()
+    number = 0
+    while True:
+        users = [f"{sys.argv[3]}-{number + k}@example.com" for k in range(8)]
+        await asyncio.gather(*(db.write(database.insert_user, user, None, "h") for user in users))
+        number += 8
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_kills_while_two_processes_write_lose_no_commit(path: Path) -> None:
+    """20 times two processes write and are killed: each acknowledged commit is there, and the file is sound."""
+    for kill in range(20):
+        acknowledged = {}
+        writers = {
+            name: subprocess.Popen(
+                [sys.executable, "-c", WRITE, path, CHECKOUT, name], stdout=subprocess.PIPE, text=True
+            )
+            for name in (f"a{kill}", f"b{kill}")
+        }
+        for writer in writers.values():
+            assert writer.stdout is not None
+            writer.stdout.readline()  # both are at it
+        time.sleep(0.02 * kill % 0.2)
+        for name, writer in writers.items():
+            writer.kill()
+            said = writer.communicate()[0].split("\n")
+            acknowledged[name] = int(said[-2]) if len(said) > 1 and said[-2] else 8
+        with sqlite3.connect(path) as conn:
+            for name, count in acknowledged.items():
+                query = "SELECT count(*) FROM users WHERE email LIKE ?"
+                assert conn.execute(query, (f"{name}-%",)).fetchone()[0] >= count
+            assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
