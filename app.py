@@ -40,6 +40,7 @@ from turns import OpenParts, Parts, Turns
 VERSION = "1.0.0"
 MAX_BODY = 32 * 1024 * 1024  # bytes: 20 MB of images, as base64, and the words beside them
 CHECK_GATEWAY_EVERY = 15  # seconds
+DECODING = 2  # messages whose pictures are decoded at once
 
 log = logging.getLogger("clawd.app")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -357,7 +358,11 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
             stack.callback(watching.cancel)
             origin = Origin(_git("rev-parse", "--abbrev-ref", "HEAD"), _git("rev-parse", "HEAD"), time.monotonic())
             log.info("clawd-backend %s of %s (%.7s) serves %s", VERSION, origin.branch, origin.commit, db.path)
-            yield State(parts=Parts(settings, db, openclaw, images, turns), identity=identity, origin=origin)
+            yield State(
+                parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns),
+                identity=identity,
+                origin=origin,
+            )
             log.info("stopping")
 
     return lifespan

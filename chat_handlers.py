@@ -232,7 +232,10 @@ async def chat_stream(
 async def _begin(body: ChatIn, user: database.User, parts: Parts, key: str | None) -> LiveReply:
     text, sources = _last_message(body)
     parts.db.read(database.check_chat_session, user.id, body.session_key)  # before any work on its pictures
-    images = await asyncio.to_thread(image_handler.decode, sources) if sources else []
+    images: list[image_handler.Image] = []
+    if sources:
+        async with parts.decoding:
+            images = await asyncio.to_thread(image_handler.decode, sources)
     reply, _ = await parts.turns.begin(user.id, body.session_key, Said(text, images), key)
     return reply
 

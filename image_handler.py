@@ -22,7 +22,7 @@ import file_utils
 MAX_IMAGES = 8  # the contract's limits, which are OpenClaw's too (docs/gateway/openai-http-api.md)
 MAX_BYTES = 10 * 1024 * 1024
 MAX_TOTAL = 20 * 1024 * 1024
-MAX_PIXELS = 64 * 1024 * 1024  # of one frame: some 300 MB in memory
+MAX_PIXELS = 64 * 1024 * 1024  # of one frame: decoding takes 260 MB of memory, of WebP 1 GB
 MAX_WORK = 16 * MAX_PIXELS  # pixels of all frames, or of a JPEG's scans: some 10 of them, each over all pixels
 MAX_SEGMENTS = 1000  # of a JPEG; 2.6 million empty ones fit in 10 MB and cost Pillow 16 s and 700 MB
 MAX_PROFILE = 64 * 1024  # bytes; a display's colour profile has under 4 KB

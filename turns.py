@@ -542,6 +542,7 @@ class Parts:
     db: Database
     openclaw: gateway.Gateway
     images: image_handler.ImageStore
+    decoding: asyncio.Semaphore  # pictures of so many messages at once: one can take a gigabyte
     turns: Turns
 
 

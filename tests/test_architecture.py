@@ -287,7 +287,7 @@ def is_plain(node: ast.ClassDef) -> bool:
     """A model of a body or a row: fields, and no more, which say themselves what they are."""
     bases = {dotted(base).rpartition(".")[2] for base in node.bases}
     fields = all(isinstance(statement, ast.AnnAssign | ast.Expr) for statement in node.body)
-    return fields and bool(bases & {"BaseModel", "NamedTuple"})
+    return fields and bool(bases & {"BaseModel", "Body", "NamedTuple"})
 
 
 def public(room: str) -> Iterator[ast.ClassDef | Function]:

@@ -4,11 +4,13 @@ import base64
 import hashlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,20 @@ def text_of(body: str) -> str:
     deltas = [event["choices"][0]["delta"] for event in events(body) if event.get("choices")]
     whole = "".join(delta.get("content", "") for delta in deltas)
     return whole.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+@contextmanager
+def calling(gateway: StandIn, text: str, stream: bool) -> Iterator[None]:
+    """A caller who has asked, and leaves without having read."""
+    body = {"model": "agent:main", "user": "someone", "stream": stream, "messages": [{"role": "user", "content": text}]}
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: stand-in\r\nAuthorization: Bearer {gateway.token}\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection((gateway.host, gateway.port)) as connection:
+        connection.sendall(head.encode() + content)
+        yield
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -286,12 +302,8 @@ def test_an_answer_in_one_piece_can_fail_too(gateway: StandIn, end: str) -> None
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_caller_who_leaves_ends_the_run(gateway: StandIn, directive: str, stream: bool) -> None:
     """The transcript keeps the user's message and nothing of the reply, and the session is free again."""
-    body = {"model": "agent:main", "user": "someone", "stream": stream}
-    body["messages"] = [{"role": "user", "content": directive}]
-    token = {"Authorization": f"Bearer {gateway.token}"}
-    url = f"{gateway.url}/v1/chat/completions"
-    with httpx.Client(timeout=0.3) as client, pytest.raises(httpx.ReadTimeout):
-        client.post(url, json=body, headers=token)
+    with calling(gateway, directive, stream=stream):
+        until(lambda: gateway.runs)
     until(lambda: gateway.aborted)
     assert [item["role"] for item in gateway.sessions[KEY]] == ["user"]
     assert "(message 2 of this conversation)" in ask(gateway, "again").text
@@ -299,14 +311,13 @@ def test_a_caller_who_leaves_ends_the_run(gateway: StandIn, directive: str, stre
 
 
 def test_a_second_run_at_once_in_a_session_fails(gateway: StandIn) -> None:
-    running = threading.Thread(target=ask, args=(gateway, "[[chunks=2 delay=0.5]]"), kwargs={"stream": True})
-    running.start()
-    until(lambda: gateway.runs)
-    response = ask(gateway, "too soon")
-    assert response.status_code == 500
-    assert response.json() == {"error": {"message": "internal error", "type": "api_error"}}
-    assert ask(gateway, "elsewhere", user="another").status_code == 200
-    running.join()
+    with calling(gateway, "[[end=hang]]", stream=True):
+        until(lambda: gateway.runs)
+        response = ask(gateway, "too soon")
+        assert response.status_code == 500
+        assert response.json() == {"error": {"message": "internal error", "type": "api_error"}}
+        assert ask(gateway, "elsewhere", user="another").status_code == 200
+    until(lambda: gateway.aborted)
     assert ask(gateway, "in time").status_code == 200
 
 
