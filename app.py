@@ -456,13 +456,16 @@ def _describe_errors(operation: dict[str, Any]) -> None:
     codes = [*operation.pop("x-errors", []), "internal_error"]
     if "security" in operation:
         codes.append("unauthorized")
-    if "health" not in operation["tags"]:
+    if "health" not in operation.get("tags", ()):
         codes.append("database_unavailable")
     if malformed := operation["responses"].get("422"):
         malformed["content"] = {"application/json": {"schema": {"anyOf": [_ref("InvalidOut")]}}}
     by_status: dict[int, list[str]] = {}
     for code in dict.fromkeys(codes):
         by_status.setdefault(_status(errors.CODES[code]), []).append(f"`{code}`")
+    if "requestBody" in operation:
+        for status in (400, 413):
+            by_status.setdefault(status, []).append(f"`{HTTP_ERRORS[status][0]}`")
     for status, names in by_status.items():
         response = operation["responses"].setdefault(str(status), {})
         response["description"] = "; ".join(filter(None, [response.get("description"), ", ".join(names)]))

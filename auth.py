@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
-from email_validator import EmailNotValidError, validate_email
+from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
 from fastapi import APIRouter, Depends, Request, status
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from jose import JWTError, jwt
@@ -33,6 +33,8 @@ ISSUER = "clawd-backend"
 WAITING_HASHES = 64  # logins that may wait for the one hashing thread; a hash takes some 20 ms
 FAILURES_BY_CALLER = RateLimitItemPerMinute(10, 5)  # wrong passwords of one address for one account
 FAILURES_BY_ACCOUNT = RateLimitItemPerMinute(100, 5)  # wrong passwords for one account, whoever tries
+
+SPECIAL_USE_DOMAIN_NAMES.clear()  # people in a company's own network have such e-mails
 
 router = APIRouter(tags=["auth"])
 

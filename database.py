@@ -224,8 +224,13 @@ class _Writer(threading.Thread):
             job.result = job.run(self._conn)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the one who waits for this job
             self._conn.execute("ROLLBACK TO job")
-            job.error = _unavailable(error) if isinstance(error, sqlite3.OperationalError) else error
+            job.error = _unavailable(error) if _is_unusable(error) else error
         self._conn.execute("RELEASE job")
+
+
+def _is_unusable(error: Exception) -> bool:
+    """Whether SQLite could not do its work, in contrast to a rule of the schema that was broken."""
+    return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
 def _unavailable(error: Exception) -> errors.Unavailable:
@@ -296,7 +301,7 @@ class Database:
         """Runs a small reading `job(conn, …)` at once, on the event loop's own connection."""
         try:
             return job(self._reader, *args, **kwargs)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
 
     async def read_aside(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -311,7 +316,7 @@ class Database:
             self._opened.append(conn)
         try:
             return job(conn, *args, **kwargs)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
 
     def version(self) -> int:

@@ -230,7 +230,7 @@ def _session_out(session: database.Session) -> SessionOut:
     "/projects/{project_id}/files",
     tags=["files"],
     response_model_exclude_none=True,
-    openapi_extra=errors.raises("project_not_found", "disk_unavailable"),
+    openapi_extra=errors.raises("project_not_found", "file_not_found", "disk_unavailable"),
 )
 async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> list[FileNode]:
     """The project's files and folders, each level sorted by name. Links are neither shown nor followed."""

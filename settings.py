@@ -1,5 +1,6 @@
 """The environment: read once, checked at the start, handed down from `app`."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -12,15 +13,27 @@ CHECKOUT = Path(__file__).resolve().parent
 
 def _absolute(path: Path) -> Path:
     """A path as the service uses it: `~` means home, a relative one starts at the checkout."""
-    return (CHECKOUT / path.expanduser()).resolve()
+    try:
+        return (CHECKOUT / path.expanduser()).resolve()
+    except RuntimeError as error:  # no such user
+        raise ValueError(str(error)) from None
 
 
 def _http_url(url: str) -> str:
     """An http(s) address without its trailing slash. Raises ValueError for anything else."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    _ = parts.port  # raises ValueError for one that is no port
+    plain = re.fullmatch(r"[\x21-\x7e]+", url) and not (parts.query or parts.fragment or "@" in parts.netloc)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
         raise ValueError("write it as http://host:port")
     return url.rstrip("/")
+
+
+def _printable(secret: SecretStr) -> SecretStr:
+    """A token that fits into a header. Raises ValueError for others."""
+    if not re.fullmatch(r"[\x21-\x7e]*", secret.get_secret_value()):
+        raise ValueError("it has characters that no token has, perhaps a line break")
+    return secret
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -38,13 +51,13 @@ class Settings(BaseSettings):
     data_dir: AbsolutePath | None = None
     projects_dir: AbsolutePath | None = None
     clawdbot_base_url: HttpUrl = "http://localhost:18789"
-    clawdbot_token: SecretStr = SecretStr("")
+    clawdbot_token: Annotated[SecretStr, AfterValidator(_printable)] = SecretStr("")
     clawdbot_timeout: float = Field(1800, gt=0, le=172_800)
     public_base_url: HttpUrl | None = None
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ("*",)
     jwt_secret: SecretStr | None = Field(None, min_length=32)
     token_ttl: int = Field(7 * 86_400, ge=60, le=366 * 86_400)
-    signup: SecretStr = SecretStr("open")
+    signup: SecretStr = Field(SecretStr("open"), max_length=200)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     ping_seconds: float = Field(10, gt=0, le=15)
     drain_seconds: float = Field(8, ge=0, le=3600)

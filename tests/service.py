@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -182,8 +183,12 @@ class Service:
             yield Person(http)
 
 
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to load the world's certificates takes longer than most tests
+
+
 def _client(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=60, trust_env=False, limits=httpx.Limits(max_connections=None))
+    limits = httpx.Limits(max_connections=None)
+    return httpx.Client(base_url=url, timeout=60, trust_env=False, verify=NO_TLS, limits=limits)
 
 
 @dataclass

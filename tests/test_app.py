@@ -40,7 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
     with StandIn() as gateway:
         shared = Served(make_settings(tmp_path_factory.mktemp("app"), gateway))
-        shared.app.add_api_route("/broken", broken)
+        shared.app.add_api_route("/broken", broken, tags=["broken"])
         with shared:
             yield shared
 

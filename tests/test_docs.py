@@ -44,10 +44,8 @@ def table(document: str, first: str) -> list[list[str]]:
 
 def spans(document: str) -> list[str]:
     """What stands between backticks in a line, and the lines of code blocks."""
-    prose, code = [], []
-    for number, part in enumerate(re.split(r"^```.*$", text_of(document), flags=re.MULTILINE)):
-        (code if number % 2 else prose).append(part)
-    return re.findall(r"`([^`\n]+)`", "".join(prose)) + "".join(code).splitlines()
+    parts = re.split(r"^```.*$", text_of(document), flags=re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", "".join(parts[::2])) + "".join(parts[1::2]).splitlines()
 
 
 def git(*words: str) -> subprocess.CompletedProcess[bytes]:
