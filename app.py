@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,7 @@ import auth
 import chat_handlers
 import database
 import errors
+import file_utils
 import gateway
 import image_handler
 import project_manager
@@ -159,7 +161,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _short_of_traceback(send))
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         name = sent if re.fullmatch(r"[\x21-\x7e]{1,128}", sent) else uuid.uuid4().hex
@@ -180,6 +182,18 @@ class RequestLog:
             took = (time.perf_counter() - started) * 1000
             path = scope["raw_path"].decode("ascii", "replace")  # as it was sent: no line break gets into the log
             log.log(level, "%s %s %d %.1f ms", scope["method"], path, status, took)
+
+
+def _short_of_traceback(send: Send) -> Send:
+    """A start that failed for a reason that we know says it in one line."""
+
+    async def send_short(message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            *_, last = message["message"].strip().splitlines()
+            message = {**message, "message": last} if last.startswith("errors.StartFailed: ") else message
+        await send(message)
+
+    return send_short
 
 
 class CatchAll:
@@ -306,7 +320,7 @@ def create_app(settings: Settings) -> FastAPI:
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST", "PUT", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID"],
+                allow_headers=["*"],  # which costs nothing without cookies
                 expose_headers=["X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"],
                 max_age=86_400,
             ),
@@ -337,9 +351,14 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         _start_logging(settings.log_level)
         async with AsyncExitStack() as stack:
-            secret = auth.load_secret(settings)
+            with _needs("DATA_DIR", settings.data):
+                secret = auth.load_secret(settings)
+                file_utils.make_folder(settings.images)
+            with _needs("PROJECTS_DIR", settings.projects):
+                file_utils.make_folder(settings.projects)
             db = database.Database(settings.db_path)
-            db.open()
+            with _needs("DB_PATH", settings.db_path):
+                db.open()
             stack.callback(db.close)
             openclaw = gateway.Gateway(
                 settings.clawdbot_base_url, settings.clawdbot_token.get_secret_value(), settings.clawdbot_timeout
@@ -366,6 +385,15 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
             log.info("stopping")
 
     return lifespan
+
+
+@contextmanager
+def _needs(variable: str, path: Path) -> Iterator[None]:
+    """Says which setting is to blame where something cannot be opened."""
+    try:
+        yield
+    except (errors.AppError, OSError, sqlite3.Error) as error:
+        raise errors.StartFailed(f"{variable}={path} cannot be used: {error}") from error
 
 
 async def _watch_gateway(openclaw: gateway.Gateway) -> None:

@@ -196,9 +196,9 @@ class Identity:
     def check_signup(self, invite: str | None) -> None:
         """Raises errors.Forbidden where signing up is closed, or needs an invite code that this is not."""
         signup = self._settings.signup.get_secret_value()
-        if signup == "closed":
+        if signup.lower() == "closed":
             raise errors.Forbidden("Signing up is closed here: ask the operator for an account.", code="signup_closed")
-        if signup != "open" and not hmac.compare_digest((invite or "").encode(), signup.encode()):
+        if signup.lower() != "open" and not hmac.compare_digest((invite or "").encode(), signup.encode()):
             raise errors.Forbidden(
                 "Signing up needs an invite code here: send the right one as `invite`.", code="signup_closed"
             )

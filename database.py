@@ -12,6 +12,7 @@ import queue
 import sqlite3
 import threading
 import time
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -433,7 +434,7 @@ MIGRATIONS = ((*_LEGACY, *_SCHEMA),)
 
 def email_key(email: str | None) -> str | None:
     """What two spellings of one e-mail have in common."""
-    return email and email.casefold()
+    return email and unicodedata.normalize("NFC", email).casefold()
 
 
 def migrate(path: Path) -> None:

@@ -124,8 +124,8 @@ async def _create(parts: Parts, user_id: int, body: ProjectIn) -> database.Proje
         await asyncio.to_thread(_make_folder, folder, body)
         return await parts.db.write(database.insert_project, user_id, body.name, body.description, str(folder), errand)
     except Exception:
-        await asyncio.to_thread(file_utils.remove_tree, folder)
-        await parts.db.write(database.delete_errand, errand)
+        await parts.db.write(database.postpone_errand, errand, 0)  # it is due now, and anybody's
+        await parts.turns.do_errands()
         raise
 
 

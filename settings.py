@@ -31,8 +31,8 @@ def _http_url(url: str) -> str:
 
 def _printable(secret: SecretStr) -> SecretStr:
     """A token that fits into a header. Raises ValueError for others."""
-    if not re.fullmatch(r"[\x21-\x7e]*", secret.get_secret_value()):
-        raise ValueError("it has characters that no token has, perhaps a line break")
+    if re.search(r"[\x00-\x1f\x7f]", secret.get_secret_value()):
+        raise ValueError("it has a control character in it, perhaps a line break")
     return secret
 
 
@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     def _split_origins(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        origins = tuple(origin.strip().rstrip("/") for origin in value.split(",") if origin.strip())
+        origins = tuple(origin.strip().rstrip("/").lower() for origin in value.split(",") if origin.strip())
         for origin in origins:
             if origin != "*" and (_http_url(origin) != origin or urlsplit(origin).path):
                 raise ValueError("write * or a comma-separated list of http://host:port")

@@ -38,6 +38,7 @@ TEND_EVERY = 3.0  # seconds between looks for what the dead left; contract: with
 STOP_WITHIN = 3.0  # seconds that a stop waits for the end of a turn, in whichever process
 LABEL_LENGTH = 60  # characters of a label taken from the first message
 RETRY_AFTER = 0.3  # seconds before the one retry of a refused connection
+FAILED_AT_MOST = 5  # seconds between two tries of a background job that fails
 ERRAND_AT_MOST = 30  # seconds between two tries of an errand
 FINAL = frozenset({"complete", "stopped", "interrupted", "failed", "empty"})
 
@@ -473,7 +474,7 @@ class Turns:
     async def _do(self, errand: Errand) -> None:
         try:
             if errand.kind == "gateway_session":
-                agent_id, session_key = errand.target.split(" ")
+                agent_id, session_key = errand.target.rsplit(" ", 1)
                 await self._gateway.delete_session(agent_id, session_key)
             elif errand.kind == "images":
                 await asyncio.to_thread(self._images.remove_session, errand.target)
@@ -497,12 +498,15 @@ class Turns:
 
 async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
     """Does it over and over. What fails once is logged, and tried again next time."""
+    failed = 0
     while True:
         try:
             await work()
+            failed = 0
         except Exception:
+            failed += 1
             log.exception("%s failed, it goes on", getattr(work, "__name__", "a background job"))
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(min(seconds * 2**failed, max(seconds, FAILED_AT_MOST)))
 
 
 # --- what requests have in common ---------------------------------------------------------------------
@@ -525,13 +529,17 @@ class Body(BaseModel):
                 waiting += [*value.keys(), *value.values()]
             elif isinstance(value, list):
                 waiting += value
-            elif isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in _not_ascii(value)):
-                raise ValueError("there is text in it that is no valid Unicode")
+            elif isinstance(value, str):
+                _check_unicode(value)
         return data
 
 
-def _not_ascii(text: str) -> str:
-    return "" if text.isascii() else text  # pictures are ASCII, and long
+def _check_unicode(text: str) -> None:
+    try:
+        if not text.isascii():  # pictures are, and long
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("there is text in it that is no valid Unicode") from None
 
 
 @dataclass(frozen=True, slots=True)
