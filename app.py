@@ -74,6 +74,10 @@ HTTP_ERRORS = {
 }
 
 
+class StartFailedError(Exception):
+    """The service cannot start as it is set up."""
+
+
 class ErrorOut(BaseModel):
     """Every error but 422 of a malformed request, whose `detail` is a list."""
 
@@ -190,7 +194,7 @@ def _short_of_traceback(send: Send) -> Send:
     async def send_short(message: Message) -> None:
         if message["type"] == "lifespan.startup.failed":
             *_, last = message["message"].strip().splitlines()
-            message = {**message, "message": last} if last.startswith("errors.StartFailed: ") else message
+            message = {**message, "message": last} if last.startswith(f"{StartFailedError.__module__}.") else message
         await send(message)
 
     return send_short
@@ -356,8 +360,8 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
                 file_utils.make_folder(settings.images)
             with _needs("PROJECTS_DIR", settings.projects):
                 file_utils.make_folder(settings.projects)
-            db = database.Database(settings.db_path)
             with _needs("DB_PATH", settings.db_path):
+                db = database.Database(settings.db_path)
                 db.open()
             stack.callback(db.close)
             openclaw = gateway.Gateway(
@@ -392,8 +396,8 @@ def _needs(variable: str, path: Path) -> Iterator[None]:
     """Says which setting is to blame where something cannot be opened."""
     try:
         yield
-    except (errors.AppError, OSError, sqlite3.Error) as error:
-        raise errors.StartFailed(f"{variable}={path} cannot be used: {error}") from error
+    except (errors.AppError, OSError, ValueError, sqlite3.Error) as error:
+        raise StartFailedError(f"{variable}={path} cannot be used: {error}") from error
 
 
 async def _watch_gateway(openclaw: gateway.Gateway) -> None:

@@ -86,12 +86,6 @@ class Unavailable(AppError):
     code = "unavailable"
 
 
-class StartFailed(AppError):
-    """The service cannot start as it is set up."""
-
-    code = "start_failed"
-
-
 class GatewayError(AppError):
     """OpenClaw gave no reply, or not all of it. `retryable`: it may answer otherwise next time."""
 

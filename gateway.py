@@ -458,7 +458,7 @@ async def _request(
     if not frame.get("ok"):
         error = frame.get("error") or {}
         log.warning("the gateway refused %s: %.300r", method, error.get("message"))
-        raise _refused(401 if method == "connect" else 500, None)
+        raise _refused(401 if "unauthorized" in str(error.get("message")).lower() else 503, None)
     payload = frame.get("payload")
     return payload if isinstance(payload, dict) else {}
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.service import Person, Service
+
 from .gateway import Gateway, OpenClaw
 from .model_provider import ModelProvider
-from .service import Person, Service
 
 
 def pytest_sessionstart() -> None:

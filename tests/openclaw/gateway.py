@@ -15,7 +15,7 @@ from typing import Any, Self
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-from .processes import free_port, tail, until
+from tests.service import free_port, tail, until
 
 # Nothing but the gateway's own answers may bound a test; an agent's run takes seconds here.
 TIMEOUT = 60

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from .processes import until
+from tests.service import until
 
 MARK = re.compile(r"MARK-(\w+)")
 WORD_SECONDS = 0.05

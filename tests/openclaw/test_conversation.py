@@ -7,9 +7,10 @@ import pillow_heif
 import pytest
 from PIL import Image
 
+from tests.service import Person, Service
+
 from .gateway import Gateway, session_of
 from .model_provider import ModelProvider
-from .service import Person, Service
 
 SIZE = (64, 48)
 RED = (200, 30, 60)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.service import JSON, Person, Service, until
+
 from .gateway import Gateway, session_of
 from .model_provider import ModelProvider
-from .processes import until
-from .service import JSON, Person, Service
 
 
 def delete_session(person: Person, session: JSON) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.service import JSON, Person, Service, until
+
 from .gateway import Gateway
-from .processes import until
-from .service import JSON, Person, Service
 
 either_way = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 

@@ -5,9 +5,10 @@ from uuid import uuid4
 
 import httpx
 
+from tests.service import until
+
 from .gateway import Gateway, session_of
 from .model_provider import ModelProvider
-from .processes import until
 
 
 def said(response: httpx.Response) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.service import Person, Service, until
+
 from .gateway import Gateway
 from .model_provider import ModelProvider
-from .processes import until
-from .service import Person, Service
 
 # What the contract promises: a turn that a crash has left is settled within this time.
 SETTLED = 15
