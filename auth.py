@@ -352,8 +352,8 @@ async def log_in(body: LoginIn, request: Request, identity: OpenIdentity, parts:
     user = parts.db.read(database.select_user_by_email, email)
     who = (f"login {database.email_key(email)}", _address(request))
     better = await identity.passwords.verify(body.password, user and user.password, identity.throttle, who)
-    if user is None:
-        raise AssertionError("no password fits an account that does not exist")
+    if user is None:  # which no password fits: `verify` has raised
+        raise _unauthorized()
     if better and user.password:
         await parts.db.write(database.update_password_hash, user.id, user.password, better)
     return identity.token(user)

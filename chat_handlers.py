@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import time
 from json.encoder import encode_basestring_ascii
@@ -17,6 +18,8 @@ import errors
 import image_handler
 from auth import CurrentUser
 from turns import Body, Id, LiveReply, OpenParts, Parts, Said
+
+log = logging.getLogger("clawd.chat")
 
 FIRST_BYTE = 0.5  # seconds; contract: the response begins within a second
 FRAME = 64 * 1024  # characters of one frame at most, so that a slow reader is fed in small pieces
@@ -125,6 +128,8 @@ class ReplyStream(Response):
         gone.add_done_callback(lambda _: self._reply.wake())
         try:
             await self._send_frames(send, gone)
+        except asyncio.CancelledError:  # the server ends: without [DONE] the client knows that it must resume
+            log.info("the server ends, and with it a stream of reply %d", self._reply.id)
         finally:
             gone.cancel()
 

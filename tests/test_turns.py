@@ -449,6 +449,7 @@ def test_a_turn_past_the_drain_is_interrupted_with_its_text(tmp_path: Path, open
         until(lambda: person.reply(session, "complete"), 15, "the waiting turn to be taken up")
         reply = person.messages(session)[1]
     assert (reply["status"], reply["error"]["code"]) == ("interrupted", "interrupted")
+    assert "Traceback" not in service.output()
     assert reply["error"]["retryable"]
     assert reply["content"] != "" and reply_text(SLOW).startswith(reply["content"])
 
