@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -42,6 +42,7 @@ from turns import OpenParts, Parts, Turns
 VERSION = "1.0.0"
 MAX_BODY = 32 * 1024 * 1024  # bytes: 20 MB of images, as base64, and the words beside them
 CHECK_GATEWAY_EVERY = 15  # seconds
+CHECK_CHECKOUT_EVERY = 2  # seconds
 DECODING = 2  # messages whose pictures are decoded at once
 
 log = logging.getLogger("clawd.app")
@@ -120,6 +121,8 @@ class Health(BaseModel):
     branch: str
     commit: str
     port: int
+    stale: bool = Field(description="The checkout has moved on: a restart would run other code.")
+    failed_start: str | None = Field(description="Why newer code did not start, where the one before serves on.")
     uptime_seconds: float
     database: DatabaseHealth
     gateway: GatewayHealth
@@ -131,18 +134,25 @@ class Ready(BaseModel):
     gateway_version: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Which code runs, since when (seconds of the monotonic clock)."""
+class Checkout(NamedTuple):
+    """What git says of the checkout, `unknown` where it says nothing."""
 
     branch: str
     commit: str
+
+
+@dataclass(slots=True)
+class Origin:
+    """Which code runs, since when (seconds of the monotonic clock), and what the checkout holds by now."""
+
+    runs: Checkout
+    now: Checkout
     started: float
 
     @property
     def environment(self) -> Literal["production", "development"]:
         """`main` is production, whatever else is development."""
-        return "production" if self.branch == "main" else "development"
+        return "production" if self.runs.branch == "main" else "development"
 
 
 class State(TypedDict):
@@ -337,6 +347,8 @@ def create_app(settings: Settings) -> FastAPI:
             RequestValidationError: _answer_validation_error,
         },
     )
+    app.state.turns = None  # while they are open: `serve.py` asks for them by this name
+    app.state.failed_start = None  # `serve.py` says here why newer code did not start
     app.include_router(auth.router)
     app.include_router(project_manager.router)
     app.include_router(chat_handlers.router)
@@ -352,7 +364,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[State]:
         _start_logging(settings.log_level)
         async with AsyncExitStack() as stack:
             with _needs("DATA_DIR", settings.data):
@@ -377,10 +389,12 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
             turns = Turns(db, openclaw, images, settings)
             turns.open()
             stack.push_async_callback(turns.close)
-            watching = asyncio.create_task(_watch_gateway(openclaw))
-            stack.callback(watching.cancel)
-            origin = Origin(_git("rev-parse", "--abbrev-ref", "HEAD"), _git("rev-parse", "HEAD"), time.monotonic())
-            log.info("clawd-backend %s of %s (%.7s) serves %s", VERSION, origin.branch, origin.commit, db.path)
+            app.state.turns = turns
+            checkout = _read_checkout()
+            origin = Origin(checkout, checkout, time.monotonic())
+            for watching in (_watch_gateway(openclaw), _watch_checkout(origin)):
+                stack.callback(asyncio.create_task(watching).cancel)
+            log.info("clawd-backend %s of %s (%.7s) serves %s", VERSION, checkout.branch, checkout.commit, db.path)
             yield State(
                 parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns),
                 identity=identity,
@@ -409,6 +423,22 @@ async def _watch_gateway(openclaw: gateway.Gateway) -> None:
             said = state.detail
             log.log(logging.INFO if state.ok else logging.WARNING, "gateway: %s", said)
         await asyncio.sleep(CHECK_GATEWAY_EVERY)
+
+
+async def _watch_checkout(origin: Origin) -> None:
+    """Keeps what health says of the checkout fresh."""
+    while True:
+        await asyncio.sleep(CHECK_CHECKOUT_EVERY)
+        origin.now = await asyncio.to_thread(_read_checkout)
+
+
+def _read_checkout() -> Checkout:
+    """The branch and commit that are checked out; a detached commit of `main` counts as `main`."""
+    commit, _, branch = _git("rev-parse", "HEAD", "--abbrev-ref", "HEAD").partition("\n")
+    mains = ("refs/heads/main", "refs/remotes/origin/main")
+    if branch == "HEAD" and any(_git("merge-base", "--is-ancestor", commit, main) == "" for main in mains):
+        branch = "main"
+    return Checkout(branch or "unknown", commit)
 
 
 def _git(*words: str) -> str:
@@ -441,9 +471,11 @@ async def read_health(request: Request, parts: OpenParts) -> Any:
         status="ok" if works else "error",
         version=VERSION,
         environment=origin.environment,
-        branch=origin.branch,
-        commit=origin.commit,
+        branch=origin.runs.branch,
+        commit=origin.runs.commit,
         port=request.scope["server"][1] or 0,
+        stale=origin.now != origin.runs,
+        failed_start=request.app.state.failed_start,
         uptime_seconds=round(time.monotonic() - origin.started, 3),
         database=DatabaseHealth(ok=works, sqlite=sqlite3.sqlite_version),
         gateway=GatewayHealth(

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     signup: SecretStr = Field(SecretStr("open"), max_length=200)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     ping_seconds: float = Field(10, gt=0, le=15)
-    drain_seconds: float = Field(8, ge=0, le=3600)
+    drain_seconds: float = Field(5, ge=0, le=3600)
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -4,12 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<END
-Usage: ./$NAME [--check | --demo [--port N]]
+Usage: ./$NAME [--check | --prepare | --demo [--port N]]
 
 Starts the $KIND service on port $USUAL_PORT, from $BRANCHES only.
 Settings come from the environment or from a file .env beside this script.
 
   --check     do everything but start: find Python, build venv/, check branch and port
+  --prepare   the same, but for the port: what is to run there may take it over
   --demo      no gateway and no settings needed, any branch: a stand-in gateway, a temporary
               database, and the curl lines of a first chat; on 127.0.0.1 only
   --port N    another port; with --demo only
@@ -29,10 +30,11 @@ fail() {
 }
 
 read_options() {
-  CHECK='' DEMO='' PORT=''
+  CHECK='' PREPARE='' DEMO='' PORT=''
   while (($#)); do
     case $1 in
       --check) CHECK=1 ;;
+      --prepare) PREPARE=1 ;;
       --demo) DEMO=1 ;;
       --port)
         PORT=${2:-}
@@ -105,19 +107,22 @@ $output"
 }
 
 build_venv() {
-  local wanted found=
+  local wanted found= options=(--quiet --disable-pip-version-check --no-input)
   wanted=$(describe_venv)
   [[ ! -f venv/.stamp ]] || found=$(<venv/.stamp)
   [[ $found != "$wanted" ]] || return 0
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$PYTHON has no module venv. On Debian and Ubuntu: apt-get install python3-venv"
   say "Installing what requirements.txt names into venv/; this takes a minute."
-  # Without its stamp an environment counts as unfinished, and the next start builds it anew.
-  rm -f venv/.stamp
   if [[ ${found%%$'\n'*} != "${wanted%%$'\n'*}" ]]; then
+    rm -f venv/.stamp
     quietly "$PYTHON" -m venv --clear venv
+  elif [[ $found == "${wanted%%$'\n'*}" ]]; then
+    options+=(--force-reinstall) # the last time it did not come to its end
   fi
-  quietly venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r requirements.txt
+  # A service may be running on it: it is mended in place, and counts as whole with the second line only.
+  printf '%s\n' "${wanted%%$'\n'*}" >venv/.stamp
+  quietly venv/bin/python -m pip install "${options[@]}" -r requirements.txt
   printf '%s\n' "$wanted" >venv/.stamp
 }
 
@@ -144,17 +149,27 @@ END
   fail "Port $PORT cannot be had: ${problem,}$holder. Stop what uses it${DEMO:+, or choose another with --port}." 4
 }
 
-serve() {
-  local options=(--host "$HOST" --port "$PORT" --no-access-log --timeout-graceful-shutdown 10) directory
-  if [[ $KIND == development ]]; then
-    if ! grep -qiE "^\s*(export\s+)?DB_PATH\s*=\s*[\"']?[^\"'#[:space:]]" .env 2>/dev/null; then
-      export DB_PATH="${DB_PATH:-clawdbot_adapter_dev.db}"
-    fi
-    # Agents write code below projects/, and it is no reason to restart. Only what exists can be excluded.
-    mkdir -p projects
-    options+=(--reload)
-    for directory in projects tests venv; do options+=(--reload-exclude "$PWD/$directory"); done
+# The database of development is another one, unless the environment or .env names one.
+choose_database() {
+  [[ $KIND == development ]] || return 0
+  if ! grep -qiE "^\s*(export\s+)?DB_PATH\s*=\s*[\"']?[^\"'#[:space:]]" .env 2>/dev/null; then
+    export DB_PATH="${DB_PATH:-clawdbot_adapter_dev.db}"
   fi
+}
+
+# Becomes what PM2 runs: it calls this script again, with --prepare, each time that it starts the service.
+serve_under_pm2() {
+  exec "$PYTHON" serve.py --host "$HOST" --port "$PORT" --front "./$NAME" \
+    ${NODE_CHANNEL_FD:+--pm2 "$NODE_CHANNEL_FD"}
+}
+
+serve() {
+  local options=(--host "$HOST" --port "$PORT") directory
+  [[ $KIND == development ]] || exec venv/bin/python serve.py "${options[@]}"
+  # Agents write code below projects/, and it is no reason to restart. Only what exists can be excluded.
+  mkdir -p projects
+  options+=(--no-access-log --timeout-graceful-shutdown 10 --reload)
+  for directory in projects tests venv; do options+=(--reload-exclude "$PWD/$directory"); done
   exec venv/bin/uvicorn app:app "${options[@]}"
 }
 
@@ -246,10 +261,13 @@ main() {
   [[ -z $DEMO ]] || HOST=127.0.0.1
   cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
   find_python
+  choose_database
+  # PM2 sets pm_id.
+  [[ -z ${pm_id:-} || -n $CHECK$PREPARE$DEMO ]] || serve_under_pm2
   [[ -n $DEMO ]] || check_branch
   refresh_venv
-  check_port
-  [[ -z $CHECK ]] || return 0
+  [[ -n $PREPARE ]] || check_port
+  [[ -z $CHECK$PREPARE ]] || return 0
   if [[ -n $DEMO ]]; then demo; else serve; fi
 }
 

@@ -213,17 +213,30 @@ class Turns:
             asyncio.create_task(_again(TEND_EVERY, self._tend)),
         ]
 
-    async def close(self) -> None:
-        """Lets running turns finish; past `DRAIN_SECONDS` they end as `interrupted`, with all that came."""
+    @property
+    def running(self) -> int:
+        """How many turns run in this process."""
+        return len(self._running)
+
+    async def retire(self) -> None:
+        """Leaves what waits to other processes, and takes nothing over any more. What runs here runs on."""
         self.draining = True
         await self._db.write(database.release_waiting, self.owner)
+
+    async def end(self) -> None:
+        """Lets running turns finish; past `DRAIN_SECONDS` they end as `interrupted`, with all that came."""
+        await self.retire()
         if self._running:
             log.info("waiting up to %g s for %d turns", self._drain_seconds, len(self._running))
             await asyncio.wait([running.work for running in self._running.values()], timeout=self._drain_seconds)
-        for reply_id in list(self._running):
-            self._cancel(reply_id, _interrupted())
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            for reply_id in list(self._running):  # those too that were begun meanwhile
+                self._cancel(reply_id, _interrupted())
+            await asyncio.wait(self._tasks, timeout=0.1)
+
+    async def close(self) -> None:
+        """Ends the turns and what goes on beside them."""
+        await self.end()
         for task in self._beside:
             task.cancel()
         await asyncio.gather(*self._beside, return_exceptions=True)
@@ -265,6 +278,8 @@ class Turns:
             raise errors.NotFound("The session was deleted meanwhile.", code="session_not_found")
         if reply.status == "streaming" and not begun.existing:
             self._start(reply, self._ask)
+        elif self.draining:
+            await self._db.write(database.release_waiting, self.owner)
         return reply, begun.existing
 
     def reply(self, reply_id: int) -> LiveReply | None:

@@ -210,8 +210,9 @@ class Answer:
 class Stream:
     """A streamed reply, read as the contract tells a client to read it."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._lines = response.iter_lines()
+    def __init__(self, response: httpx.Response | None) -> None:
+        """Without a response its lines are given to `take`."""
+        self._lines = response.iter_lines() if response else iter(())
         self.text = ""
         self.frames: list[JSON] = []
         self.ids: list[int] = []

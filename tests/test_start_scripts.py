@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import pytest
 
 from settings import Settings
+
+from .checkout import use_this_python
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"start-backend.sh": 8002, "start-backend-dev.sh": 8001}
@@ -155,7 +156,9 @@ def test_options(script: str) -> None:
     helped = run(ROOT / script, "--help")
     assert helped.returncode == 0
     assert f"port {SCRIPTS[script]}" in helped.stdout
-    assert {"--check", "--demo", "--port", "--help", "PYTHON"} <= set(re.findall(r"--\w+|PYTHON", helped.stdout))
+    assert {"--check", "--prepare", "--demo", "--port", "--help", "PYTHON"} <= set(
+        re.findall(r"--\w+|PYTHON", helped.stdout)
+    )
     for wrong in (["--reload"], ["x"], ["--port", "9000"], ["--demo", "--port"], ["--demo", "--port", "70000"]):
         refused = run(ROOT / script, *wrong)
         assert refused.returncode == 2
@@ -164,23 +167,24 @@ def test_options(script: str) -> None:
 
 
 def test_changed_requirements_are_installed_before_the_start(checkout: Path) -> None:
-    """A failure shows what pip said, and leaves an environment that the next start does not take for whole."""
+    """A failure shows what pip said, leaves an environment that the next start does not take for whole, and does not
+    take it away from a service that runs on it."""
     requirements = checkout / "requirements.txt"
+    mark = checkout / "venv" / "left-over"
+    mark.touch()
     requirements.write_text("=== no requirement\n")
     failed = run(checkout / "start-backend.sh", "--check")
     assert failed.returncode == 1
     assert "Invalid requirement" in failed.stderr
-    assert not (checkout / "venv" / ".stamp").exists()
     requirements.write_text("# nothing\n")
-    mark = checkout / "venv" / "left-over"
-    mark.touch()
     assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
-    assert not mark.exists()
-    mark.touch()
     requirements.write_text("# nothing at all\n")
     assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
     assert mark.exists()
     assert run(checkout / "start-backend.sh", "--check").stderr == ""
+    (checkout / "venv" / ".stamp").write_text("3.0.0 elsewhere\n")
+    assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
+    assert not mark.exists()
 
 
 def test_two_starts_at_once_build_one_environment(checkout: Path) -> None:
@@ -218,14 +222,17 @@ def test_what_is_started(checkout: Path) -> None:
     uvicorn = checkout / "venv" / "bin" / "uvicorn"
     uvicorn.write_text('#!/bin/sh\necho "DB_PATH=$DB_PATH"\necho "$@"\n')
     uvicorn.chmod(0o755)
-    common = "--no-access-log --timeout-graceful-shutdown 10"
+    python = checkout / "venv" / "bin" / "python"
+    python.unlink()
+    shutil.copy(uvicorn, python)
     ports = re.findall(r"USUAL_PORT=(\d+)", (checkout / "start-backend.sh").read_text())
     production = run(checkout / "start-backend.sh")
-    assert production.stdout == f"DB_PATH=\napp:app --host 0.0.0.0 --port {ports[0]} {common}\n"
+    assert production.stdout == f"DB_PATH=\nserve.py --host 0.0.0.0 --port {ports[0]}\n"
     git(checkout, "checkout", "-B", "development")
     development = checkout / "start-backend-dev.sh"
     excluded = " ".join(f"--reload-exclude {checkout / name}" for name in ("projects", "tests", "venv"))
-    expected = f"app:app --host 0.0.0.0 --port {ports[1]} {common} --reload {excluded}\n"
+    options = "--no-access-log --timeout-graceful-shutdown 10 --reload"
+    expected = f"app:app --host 0.0.0.0 --port {ports[1]} {options} {excluded}\n"
     assert run(development).stdout == f"DB_PATH=clawdbot_adapter_dev.db\n{expected}"
     assert run(development, DB_PATH="mine.db").stdout.startswith("DB_PATH=mine.db\n")
     for line, database in (
@@ -319,17 +326,6 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert has_ended(process, url, temporary)
     assert {path.name for path in copy.iterdir()} <= before
-
-
-def use_this_python(copy: Path) -> None:
-    """Gives the copy an environment that counts as built, made of the one that runs the tests."""
-    programs = copy / "venv" / "bin"
-    programs.mkdir(parents=True)
-    for name, start in (("python", ""), ("uvicorn", "-m uvicorn")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
-        (programs / name).chmod(0o755)
-    content = sha256((copy / "requirements.txt").read_bytes()).hexdigest()
-    (copy / "venv" / ".stamp").write_text(f"{sys.version.split()[0]} {copy / 'venv'}\n{content}\n")
 
 
 @pytest.mark.parametrize("part", ["app:app", "tests.stand_in"])

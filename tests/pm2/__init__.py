@@ -1,0 +1,1 @@
+"""The service under the real PM2."""

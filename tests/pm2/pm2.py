@@ -1,0 +1,89 @@
+"""The real PM2, with a daemon and a home of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tests.service import until
+
+
+class PM2:
+    """One PM2 daemon; whatever it runs ends with the block."""
+
+    def __init__(self, home: Path) -> None:
+        """Raises LookupError where PM2 is not installed."""
+        try:
+            self._program, node = os.environ["PM2_BIN"], os.environ["PM2_NODE_BIN"]
+        except KeyError as missing:
+            raise LookupError(f"{missing} is not set: run ./tests/run --pm2, which installs PM2") from None
+        self._home = home
+        self.environment = {
+            "PATH": f"{node}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(home),
+            "PM2_HOME": str(home / "pm2"),
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "LANG": "C.UTF-8",
+            "PYTHON": sys.executable,
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self("kill")
+
+    def __call__(
+        self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """What an operator types after `pm2`."""
+        return subprocess.run(
+            [self._program, *words],
+            cwd=cwd or self._home,
+            env=self.environment | dict(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def do(self, *words: str, cwd: Path | None = None) -> str:
+        """The same; fails where PM2 says that it failed."""
+        done = self(*words, cwd=cwd)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def app(self, name: str) -> dict[str, Any]:
+        """What `pm2 jlist` says of an app; empty where there is none."""
+        lines = self.do("jlist").splitlines()
+        apps = json.loads(next(line for line in reversed(lines) if line.startswith("[")))
+        found: dict[str, Any] = next((app for app in apps if app["name"] == name), {})
+        return found
+
+    def status(self, name: str) -> str:
+        """`online`, `stopped`, …"""
+        return str(self.app(name).get("pm2_env", {}).get("status", "none"))
+
+    def pid(self, name: str) -> int:
+        """The process that PM2 sees."""
+        return int(self.app(name)["pid"])
+
+    def log(self, name: str) -> str:
+        """What `pm2 logs` would show of an app."""
+        return "".join(
+            path.read_text(errors="replace") for path in sorted((self._home / "pm2/logs").glob(f"{name}-*.log"))
+        )
+
+    def shown(self, name: str, lines: int = 200) -> str:
+        """What `pm2 logs` shows of an app."""
+        return self.do("logs", name, "--nostream", "--raw", "--lines", str(lines))
+
+    def kill_daemon(self) -> None:
+        """Ends the daemon by kill -9, as a machine without memory does."""
+        pid = int((self._home / "pm2/pm2.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{pid}").exists(), 10, "the daemon's end")

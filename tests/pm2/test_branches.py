@@ -1,0 +1,90 @@
+"""Which branch runs where: README's table, each row on both ports, and what a checkout under a running service does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.checkout import Checkout, is_open
+from tests.load import Load
+from tests.service import CHECKOUT, Person, until
+from tests.test_docs import table
+
+from .pm2 import PM2
+
+ROWS = table("README.md", "checked out")
+APPS = ("clawd-backend", "clawd-backend-dev")
+
+
+def place(checkout: Checkout, what: str, path: Path) -> Path:
+    """A directory with that checked out: the checkout itself, or a worktree with a space in its name."""
+    if what == "`main`":
+        return checkout.path
+    if "detached" in what:
+        checkout.git("worktree", "add", "--quiet", "--detach", str(path), "main")
+        if "not of" in what:
+            checkout.git("-C", str(path), "commit", "--quiet", "--allow-empty", "--message", "Not of main")
+        return checkout.prepare(path)
+    return checkout.worktree(path, what.strip("`"))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_a_branch_runs_where_the_readme_says(pm2: PM2, checkout: Checkout, tmp_path: Path, row: list[str]) -> None:
+    """Plain `pm2 start ecosystem.backend.json` runs what may run there; the rest is stopped after one try, with the
+    reason in its log."""
+    what, *verdicts = row
+    assert set(verdicts) <= {"runs", "refused"}
+    directory = place(checkout, what, tmp_path / "a work tree")
+    pm2.do("start", "ecosystem.backend.json", cwd=directory)
+    for name, port, verdict in zip(APPS, (checkout.port, checkout.development_port), verdicts, strict=True):
+        if verdict == "runs":
+            assert (pm2.status(name), is_open(port)) == ("online", True), pm2.log(name)
+        else:
+            assert (pm2.status(name), is_open(port)) == ("stopped", False)
+            assert pm2.app(name)["pm2_env"]["restart_time"] == 0
+            assert "from branch" in pm2.log(name) and "git worktree add" in pm2.log(name)
+    databases = {path.name for path in directory.glob("*.db")}
+    expected = {"clawdbot_adapter.db": verdicts[0], "clawdbot_adapter_dev.db": verdicts[1]}
+    assert databases == {name for name, verdict in expected.items() if verdict == "runs"}
+    pm2("delete", "all")
+    until(lambda: not list(directory.glob("run/*/*.sock")), 15, "the workers to go")
+
+
+def test_it_starts_from_elsewhere(pm2: PM2, checkout: Checkout) -> None:
+    """`--cwd` names the checkout, and nothing of the shell's directory is used."""
+    file = str(checkout.path / "ecosystem.backend.json")
+    pm2.do("start", file, "--only", "clawd-backend", "--cwd", str(checkout.path))
+    assert checkout.health()["environment"] == "production"
+    pm2("delete", "all")
+
+
+def test_a_checkout_under_a_running_service_ends_nothing(running: PM2, checkout: Checkout, ada: Person) -> None:
+    """Health says that the checkout has moved on. A restart then is refused, and costs nothing: what ran runs on,
+    until the branch is right again."""
+    with Load(ada, [ada.session()], "[[chunks=60 delay=0.1]]") as load:
+        before = checkout.health()
+        assert (before["branch"], before["stale"], before["environment"]) == ("main", False, "production")
+        checkout.git("checkout", "--quiet", "-b", "feature/x")
+        commit = checkout.commit()
+        until(lambda: checkout.health()["stale"], 10, "health to see it")
+        assert checkout.health()["commit"] == before["commit"]
+        running.do("restart", "clawd-backend")
+        health = checkout.health()
+        assert (health["branch"], health["commit"]) == ("main", before["commit"])
+        assert "from branch main only" in health["failed_start"]
+        assert running.status("clawd-backend") == "online"
+        checkout.git("checkout", "--quiet", "--detach", "main")
+        running.do("reload", "clawd-backend")
+        health = checkout.health()
+        assert (health["branch"], health["stale"], health["failed_start"]) == ("main", False, None)
+        assert commit != health["commit"]
+    assert load.failures() == {}, str(load)
+
+
+def test_the_configuration_holds_no_secret_and_no_path() -> None:
+    """What `pm2 jlist` prints must be fit for anybody's eyes, and the file serve any checkout."""
+    apps = json.loads((CHECKOUT / "ecosystem.backend.json").read_text())["apps"]
+    assert [app["name"] for app in apps] == list(APPS)
+    for app in apps:
+        assert "env" not in app and "cwd" not in app
+        assert app["script"].startswith("./start-backend")
