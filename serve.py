@@ -34,6 +34,7 @@ PIPE_SIZE = 1024 * 1024  # bytes of log that a worker can write while no front r
 START_WITHIN = 300  # seconds for a worker's start: it may have to migrate a large database
 SUCCESSOR_WITHIN = 3  # seconds that a worker waits for the next front after PM2 ended the one before
 REVIVAL_WITHIN = 30  # the same after a front that died: PM2 starts it again
+HELLO_WITHIN = 15  # seconds until a worker that lives answers a new front, however busy it is
 RETIRES_WITHIN = 5  # seconds until a worker that was told to retire takes no new connections
 IDLE_WITHIN = 10  # seconds that a retired worker leaves idle connections open; uvicorn closes them after 5
 LINGER = 3600  # seconds that a retired worker without turns waits for its last readers
@@ -137,10 +138,8 @@ class Front:
             self._leave()
 
     def _leave(self) -> None:
+        """Tells every worker that PM2 ended this front. One that is not ready ends with it."""
         for generation in self._generations:
-            if generation.state == "starting" and generation.pid:
-                with suppress(ProcessLookupError):
-                    os.kill(generation.pid, signal.SIGKILL)
             _send(generation.channel, {"order": "wait"})
 
     def _tell_pm2(self) -> None:
@@ -173,7 +172,7 @@ class Front:
         """Connects to every worker of this port that lives, and removes the sockets of the dead."""
         for path in self._directory.glob("*.sock"):
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            channel.settimeout(5)
+            channel.settimeout(HELLO_WITHIN)
             try:
                 channel.connect(str(path))
                 message, fds, *_ = socket.recv_fds(channel, 65536, 2)
@@ -219,10 +218,13 @@ class Front:
             raise _GivenUpError(0)
         if generation.gone:
             self._forget(generation)
+        if generation is self._serving and generation.state != "serving":
+            self._serving = None
 
     def _forget(self, generation: Generation) -> None:
         self._relay(generation)
-        _write(generation.unfinished)
+        if generation.unfinished:
+            _write(generation.unfinished + b"\n")
         self._selector.unregister(generation.channel)
         if generation.log in self._selector.get_map():
             self._selector.unregister(generation.log)
@@ -230,8 +232,6 @@ class Front:
         os.close(generation.log)
         (self._directory / f"{generation.pid}.sock").unlink(missing_ok=True)  # one that was killed leaves it
         self._generations.remove(generation)
-        if generation is self._serving:
-            self._serving = None
 
     def _relay(self, generation: Generation) -> None:
         """Passes on whole lines of what a worker has written."""
@@ -426,6 +426,9 @@ class Worker:
             self.on_ready()
         await serving
 
+    def on_complete(self) -> None:
+        """Called when the app can serve, before it takes the first connection."""
+
     def on_ready(self) -> None:
         """Called once the app serves."""
         _log(f"serving port {self._listener.getsockname()[1]}; Ctrl-C ends it")
@@ -433,7 +436,7 @@ class Worker:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: the app, whose requests are counted and, once this has retired, end their connections."""
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, self._noting_failure(send))
+            await self._app(scope, receive, self._noting(send))
             return
         self._active += 1
         try:
@@ -441,8 +444,10 @@ class Worker:
         finally:
             self._active -= 1
 
-    def _noting_failure(self, send: Send) -> Send:
+    def _noting(self, send: Send) -> Send:
         async def note(message: Scope) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.on_complete()
             if message["type"] == "lifespan.startup.failed":
                 self.failure = (message.get("message", "").strip().splitlines() or ["its lifespan failed"])[-1]
             await send(message)
@@ -538,24 +543,31 @@ class GuardedWorker(Worker):
             _send(self._channel, {"failure": self.failure})
 
     def _die_with_front(self) -> None:
-        """A worker that is not ready when its front is gone belongs to nobody: the next front starts another."""
+        """A worker that is not ready when its front goes belongs to nobody: the next front starts another."""
         self._channel.recv(1, socket.MSG_PEEK)  # comes back when the front is gone, or has its first order
         if not self._ready.is_set():
             os._exit(1)
 
-    def on_ready(self) -> None:
-        """Lets itself be found, and says so."""
+    def on_complete(self) -> None:
+        """Lets itself be found: from here on it may have connections, and no longer ends with its front."""
         self._door.bind(str(self._path))
         self._door.listen(8)
         self._ready.set()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._door.fileno(), self._open_door)
+
+    def on_ready(self) -> None:
+        """Tells its front, and listens to it and to those to come."""
+        asyncio.get_running_loop().add_reader(self._door.fileno(), self._open_door)
         self._listen_to_front()
         _send(self._channel, {"state": "serving"})
 
     def retire(self) -> None:
         """As `Worker.retire`; the front hears that new connections are its successor's from now on."""
         super().retire()
+        _send(self._channel, {"state": self._state})
+
+    def stop(self) -> None:
+        """As `Worker.stop`; a front that still wants a worker starts another one."""
+        super().stop()
         _send(self._channel, {"state": self._state})
 
     @property

@@ -81,6 +81,8 @@ def test_health_tells_how_the_service_is(served: Served, carol: Person) -> None:
         "commit": said["commit"],
         "port": served.port,
         "uptime_seconds": said["uptime_seconds"],
+        "stale": False,
+        "failed_start": None,
         "database": {"ok": True, "sqlite": said["database"]["sqlite"]},
         "gateway": {
             "url": served.settings.clawdbot_base_url,

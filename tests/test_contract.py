@@ -97,6 +97,8 @@ HEALTH = {
     "commit": str,
     "port": int,
     "uptime_seconds": float,
+    "stale": bool,
+    "failed_start": None,
     "database": {"ok": True, "sqlite": str},
     "gateway": {"url": str, "ok": bool, "checked_at": (TIME, None), "detail": str},
 }

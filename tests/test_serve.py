@@ -289,11 +289,11 @@ def test_two_fronts_of_a_port_are_one(front: Start, checkout: Checkout) -> None:
     assert checkout.workers() == [worker]
 
 
-def test_two_ports_never_meet(front: Start, checkout: Checkout) -> None:
+def test_two_ports_never_meet(start: Start, checkout: Checkout) -> None:
     """Production and development have fronts, workers and sockets of their own, also in one directory."""
-    checkout.edit("start-backend.sh", f"USUAL_PORT={checkout.port}", f"USUAL_PORT={checkout.development_port}")
-    front(port=checkout.development_port)
-    front()
+    (checkout.path / "prepared.sh").touch()
+    for port in (checkout.port, checkout.development_port):
+        start("--front", "./prepared.sh", port=port)
     workers = until(lambda: len(checkout.workers()) == 2 and checkout.workers(), 20, "both workers")
     time.sleep(1)
     assert checkout.workers() == workers
