@@ -372,8 +372,10 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
                 file_utils.make_folder(settings.images)
             with _needs("PROJECTS_DIR", settings.projects):
                 file_utils.make_folder(settings.projects)
+            images = image_handler.ImageStore(settings.images, secret)
+            images.sweep(older_than=86_400)
             with _needs("DB_PATH", settings.db_path):
-                db = database.Database(settings.db_path)
+                db = database.Database(settings.db_path, lambda key, text: _keep_image(images, key, text))
                 db.open()
             stack.callback(db.close)
             openclaw = gateway.Gateway(
@@ -381,8 +383,6 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
             )
             openclaw.open()
             stack.push_async_callback(openclaw.close)
-            images = image_handler.ImageStore(settings.images, secret)
-            images.sweep(older_than=86_400)
             identity = auth.Identity(settings)
             identity.open(secret)
             stack.callback(identity.close)
@@ -403,6 +403,11 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
             log.info("stopping")
 
     return lifespan
+
+
+def _keep_image(images: image_handler.ImageStore, session_key: str, source: str) -> database.KeptImage | None:
+    kept = images.adopt(session_key, source)
+    return kept and database.KeptImage(*kept)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ The caller brings a function that takes a connection; `Database` owns the thread
 
 import asyncio
 import fcntl
+import filecmp
+import glob
 import json
 import logging
 import os
@@ -253,8 +255,10 @@ class Database:
     writer. Nothing is opened before `open`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_image: "KeepImage | None" = None) -> None:
+        """`keep_image` makes a file of an image that a database of old holds."""
         self.path = path
+        self._keep_image = keep_image
         self.lease = Lease(path.with_name(path.name + ".workers"))
         self._local = threading.local()
         self._opened: list[Connection] = []
@@ -265,7 +269,7 @@ class Database:
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))
         try:
             with self._lock:
-                migrate(self.path)
+                migrate(self.path, self._keep_image)
                 writing = connect(self.path, read_only=False)
                 self._reader = connect(self.path, read_only=True)
         except (sqlite3.Error, errors.Unavailable):
@@ -276,6 +280,12 @@ class Database:
         self._writer = _Writer(writing, self._lock)
         self._writer.start()
         self.lease.take()
+        for user_id, projects in self.read(select_unclaimed):
+            log.warning(
+                "nobody can sign in as user %d, who owns %d projects; give them to an account that can: "
+                "python database.py claim --from-user %d --to EMAIL",
+                *(user_id, projects, user_id),
+            )
 
     def close(self) -> None:
         """Ends the threads after what was submitted and closes every connection."""
@@ -333,69 +343,114 @@ class Database:
 # Append only. Each runs in a transaction of its own together with its `user_version`, and only adds to what
 # the version before it left, because a process of that version may still be serving.
 
-_TIME = "strftime('%Y-%m-%dT%H:%M:%fZ', {0})"
 
-# What production ran on before there were migrations; in a new database these are empty for a moment.
-_LEGACY = (
-    """CREATE TABLE IF NOT EXISTS users (id INTEGER PRIMARY KEY AUTOINCREMENT, email TEXT UNIQUE, name TEXT,
-       password TEXT, created_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP)""",
-    """CREATE TABLE IF NOT EXISTS projects (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL,
-       name TEXT NOT NULL, archived INTEGER DEFAULT 0, created_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP,
-       updated_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP, description TEXT, project_path TEXT NOT NULL DEFAULT '')""",
-    """CREATE TABLE IF NOT EXISTS sessions (id INTEGER PRIMARY KEY AUTOINCREMENT, project_id INTEGER NOT NULL,
-       session_key TEXT UNIQUE NOT NULL, label TEXT, archived INTEGER DEFAULT 0, scope TEXT DEFAULT 'private',
-       channel TEXT, agent_id TEXT, created_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP, last_used_at TIMESTAMP)""",
-    """CREATE TABLE IF NOT EXISTS messages (id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL,
-       role TEXT NOT NULL, content TEXT NOT NULL, created_at TIMESTAMP DEFAULT CURRENT_TIMESTAMP, image TEXT)""",
-)
+class KeptImage(NamedTuple):
+    """The file that an image of old became; `whole` where it has every byte of it."""
 
-_SCHEMA = (
-    "DROP TRIGGER IF EXISTS update_projects_timestamp",
+    file: str
+    whole: bool
+
+
+KeepImage = Callable[[str, str], KeptImage | None]  # (session key, base64) → None for what is no image
+
+# What production ran on before there were migrations, and what each column counts as where it is missing or
+# NULL. In a new database these tables are empty for a moment.
+_LEGACY = {
+    "users": {"email": "NULL", "name": "NULL", "password": "NULL", "created_at": "NULL"},
+    "projects": {
+        **{"user_id": "0", "name": "'Project'", "description": "NULL", "project_path": "''", "archived": "0"},
+        **{"created_at": "NULL", "updated_at": "NULL"},
+    },
+    "sessions": {
+        **{"project_id": "0", "session_key": "lower(hex(randomblob(16)))", "label": "NULL", "archived": "0"},
+        **{"scope": "'private'", "channel": "'webchat'", "agent_id": "'main'", "created_at": "NULL"},
+        "last_used_at": "NULL",
+    },
+    "messages": {
+        **{"session_id": "0", "role": "'assistant'", "content": "''", "created_at": "NULL", "image": "NULL"},
+    },
+}
+_NUMBERS = {"user_id", "project_id", "session_id", "archived"}
+_TIMES = {"created_at", "updated_at", "last_used_at"}
+_BATCH = 50_000  # rows that are copied at once
+_TELL_EVERY = 3.0  # seconds between two lines on long work
+
+
+def _time(column: str) -> str:
+    """SQL for a time of old as the contract writes it, NULL where it cannot be read: text in UTC or with an
+    offset, or unix seconds or milliseconds."""
+    seconds = f"CASE WHEN abs({column}) > 100000000000 THEN {column} / 1000.0 ELSE {column} END"
+    form = "'%Y-%m-%dT%H:%M:%fZ'"
+    return (
+        f"CASE WHEN typeof({column}) IN ('integer', 'real') THEN strftime({form}, {seconds}, 'unixepoch') "
+        f"ELSE strftime({form}, {column}) END"
+    )
+
+
+def _time_or_now(column: str) -> str:
+    return f"coalesce({_time(column)}, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
+
+
+# Whatever could not go into the new tables as it was: columns that nobody knows, times that cannot be read,
+# bytes that are no text. `value` is what stood there.
+_KEPT = """CREATE TABLE legacy_values (table_name TEXT NOT NULL, row_id INTEGER NOT NULL,
+           column_name TEXT NOT NULL, value, PRIMARY KEY (table_name, row_id, column_name)) WITHOUT ROWID"""
+_TABLES = (
     # An account of old whose e-mail differs from another's by case alone keeps its own spelling as its key.
     """CREATE TABLE new_users (id INTEGER PRIMARY KEY AUTOINCREMENT, email TEXT, email_key TEXT UNIQUE, name TEXT,
        password TEXT, token_version INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL)""",
-    f"""INSERT INTO new_users (id, email, email_key, name, password, created_at)
-        SELECT id, email, CASE WHEN row_number() OVER (PARTITION BY email_key(email)
-                               ORDER BY email <> email_key(email), id) = 1 THEN email_key(email) ELSE email END,
-               name, password, coalesce({_TIME.format("created_at")}, {_TIME.format("'now'")}) FROM users""",
     """CREATE TABLE new_projects (id INTEGER PRIMARY KEY AUTOINCREMENT,
        user_id INTEGER NOT NULL REFERENCES users(id) ON DELETE CASCADE, name TEXT NOT NULL, description TEXT,
        project_path TEXT NOT NULL, archived INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL,
        updated_at TEXT NOT NULL)""",
-    f"""INSERT INTO new_projects SELECT id, user_id, name, description, project_path, coalesce(archived, 0),
-        coalesce({_TIME.format("created_at")}, {_TIME.format("'now'")}),
-        coalesce({_TIME.format("updated_at")}, {_TIME.format("'now'")})
-        FROM projects WHERE user_id IN (SELECT id FROM users)""",
     """CREATE TABLE new_sessions (id INTEGER PRIMARY KEY AUTOINCREMENT,
        project_id INTEGER NOT NULL REFERENCES projects(id) ON DELETE CASCADE, session_key TEXT NOT NULL UNIQUE,
        label TEXT, archived INTEGER NOT NULL DEFAULT 0 CHECK (archived IN (0, 1)),
        scope TEXT NOT NULL DEFAULT 'private', channel TEXT NOT NULL DEFAULT 'webchat',
        agent_id TEXT NOT NULL DEFAULT 'main', created_at TEXT NOT NULL, last_used_at TEXT)""",
-    f"""INSERT INTO new_sessions SELECT id, project_id, session_key, label, coalesce(archived, 0) <> 0,
-        coalesce(scope, 'private'), coalesce(channel, 'webchat'), coalesce(agent_id, 'main'),
-        coalesce({_TIME.format("created_at")}, {_TIME.format("'now'")}), {_TIME.format("last_used_at")}
-        FROM sessions WHERE project_id IN (SELECT id FROM new_projects)""",
     """CREATE TABLE new_messages (id INTEGER PRIMARY KEY AUTOINCREMENT,
        session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE, role TEXT NOT NULL,
        content TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'complete' CHECK (status IN
        ('queued', 'streaming', 'complete', 'stopped', 'interrupted', 'failed', 'empty')),
        error TEXT, usage TEXT, created_at TEXT NOT NULL, legacy_image TEXT)""",
-    f"""INSERT INTO new_messages (id, session_id, role, content, created_at, legacy_image)
-        SELECT id, session_id, role, content, coalesce({_TIME.format("created_at")}, {_TIME.format("'now'")}),
-               image FROM messages WHERE session_id IN (SELECT id FROM new_sessions)""",
-    # What belongs to nobody is kept as it was.
-    "CREATE TABLE orphaned_projects AS SELECT * FROM projects WHERE id NOT IN (SELECT id FROM new_projects)",
-    "CREATE TABLE orphaned_sessions AS SELECT * FROM sessions WHERE id NOT IN (SELECT id FROM new_sessions)",
+    """CREATE TABLE message_images (id INTEGER PRIMARY KEY AUTOINCREMENT,
+       message_id INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE, file TEXT NOT NULL)""",
+)
+_COPIES = (
+    f"""INSERT INTO new_users (id, email, email_key, name, password, created_at)
+        SELECT id, email, CASE WHEN row_number() OVER (PARTITION BY email_key(email)
+                               ORDER BY email <> email_key(email), id) = 1 THEN email_key(email) ELSE email END,
+               name, password, {_time_or_now("created_at")} FROM users""",
+    f"""INSERT INTO new_projects SELECT id, user_id, name, description, project_path, archived,
+        {_time_or_now("created_at")}, {_time_or_now("updated_at")}
+        FROM projects WHERE user_id IN (SELECT id FROM users)""",
+    f"""INSERT INTO new_sessions SELECT id, project_id, session_key, label, archived <> 0, scope, channel,
+        agent_id, {_time_or_now("created_at")}, {_time("last_used_at")}
+        FROM sessions WHERE project_id IN (SELECT id FROM new_projects)""",
+)
+_COPY_MESSAGES = f"""INSERT INTO new_messages (id, session_id, role, content, created_at, legacy_image)
+    SELECT id, session_id, role, content, {_time_or_now("created_at")}, image FROM messages
+    WHERE id > ? AND id <= ? AND session_id IN (SELECT id FROM new_sessions)"""
+# What belongs to nobody is kept as it was. No id is ever used again, not even a deleted row's.
+_REPLACE = (
+    "CREATE TABLE orphaned_projects AS SELECT * FROM projects WHERE user_id NOT IN (SELECT id FROM users)",
+    "CREATE TABLE orphaned_sessions AS SELECT * FROM sessions WHERE project_id NOT IN (SELECT id FROM new_projects)",
     """CREATE TABLE orphaned_messages AS SELECT * FROM messages
        WHERE session_id NOT IN (SELECT id FROM new_sessions)""",
-    "DROP TABLE messages",
-    "DROP TABLE sessions",
-    "DROP TABLE projects",
-    "DROP TABLE users",
-    "ALTER TABLE new_users RENAME TO users",
-    "ALTER TABLE new_projects RENAME TO projects",
-    "ALTER TABLE new_sessions RENAME TO sessions",
-    "ALTER TABLE new_messages RENAME TO messages",
+    *(
+        statement.format(table)
+        for table in ("messages", "sessions", "projects", "users")
+        for statement in (
+            "DELETE FROM sqlite_sequence WHERE name = 'new_{0}'",
+            """INSERT INTO sqlite_sequence (name, seq) SELECT 'new_{0}', max(
+               coalesce((SELECT max(id) FROM {0}), 0),
+               coalesce((SELECT max(seq) FROM sqlite_sequence WHERE name = '{0}'), 0))""",
+            "DROP TABLE {0}",
+            "ALTER TABLE new_{0} RENAME TO {0}",
+        )
+    ),
+)
+_RULES = (
     "CREATE INDEX projects_user ON projects(user_id)",
     "CREATE INDEX sessions_project ON sessions(project_id)",
     "CREATE INDEX messages_session ON messages(session_id)",
@@ -409,8 +464,6 @@ _SCHEMA = (
        BEGIN SELECT RAISE(ABORT, 'a turn cannot go from one of these states to the other'); END""",
     """CREATE TRIGGER messages_content BEFORE UPDATE OF content ON messages WHEN OLD.status <> 'streaming'
        BEGIN SELECT RAISE(ABORT, 'only a running reply can change'); END""",
-    """CREATE TABLE message_images (id INTEGER PRIMARY KEY AUTOINCREMENT,
-       message_id INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE, file TEXT NOT NULL)""",
     "CREATE INDEX message_images_message ON message_images(message_id)",
     # A turn is its reply's row, and here what only its making needs. `owner` is the worker that runs it or
     # whose client waits for it; NULL is up for grabs.
@@ -429,7 +482,157 @@ _SCHEMA = (
        owner TEXT, attempts INTEGER NOT NULL DEFAULT 0, due_at REAL NOT NULL)""",
 )
 
-MIGRATIONS = ((*_LEGACY, *_SCHEMA),)
+
+class _Progress:
+    """Tells how far a long piece of work is, every few seconds."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = total
+        self._done = 0
+        self._told = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._told > _TELL_EVERY:
+            self._told = time.monotonic()
+            log.info("%s: %s of %s", self._what, f"{self._done:,}", f"{self._total:,}")
+
+
+def adopt(conn: Connection, keep_image: KeepImage) -> None:
+    """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
+    conn.execute(_KEPT)
+    existing = {row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for table, columns in _LEGACY.items():
+        _complete_table(conn, table, columns, existing)
+    for statement in (*_TABLES, *_COPIES):
+        conn.execute(statement)
+    total = _count(conn, "messages")
+    progress = _Progress("adopting messages", total)
+    last = _first_id(conn)
+    while (until := _batch_end(conn, last)) is not None:
+        _mend_texts(conn, "messages", [column for column in _LEGACY["messages"] if _is_text(column)], last, until)
+        conn.execute(_COPY_MESSAGES, (last, until))
+        progress.add(_BATCH)
+        last = until
+    images = _adopt_images(conn, keep_image)
+    for statement in (*_REPLACE, *_RULES):
+        conn.execute(statement)
+    if existing & _LEGACY.keys():
+        counts = [f"{_count(conn, table):,} {table}" for table in _LEGACY]
+        orphans = [f"{_count(conn, f'orphaned_{table}'):,} {table}" for table in _LEGACY if table != "users"]
+        log.info(
+            "adopted %s; without an owner, and kept aside: %s; images: %d are files now, %d are none and stay as "
+            "they were; %d values that fit nowhere are in legacy_values",
+            *(", ".join(counts), ", ".join(orphans), *images, _count(conn, "legacy_values")),
+        )
+
+
+def _count(conn: Connection, table: str) -> int:
+    return int(conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+def _is_text(column: str) -> bool:
+    return column not in _NUMBERS | _TIMES
+
+
+def _complete_table(conn: Connection, table: str, columns: dict[str, str], existing: set[str]) -> None:
+    """Gives a table of old all columns, and no NULL or unreadable value where the new one takes none; what that
+    changes is kept. Its triggers go."""
+    if table not in existing:
+        conn.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY AUTOINCREMENT)")
+    for (trigger,) in conn.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
+    ).fetchall():
+        conn.execute(f"DROP TRIGGER {_quoted(trigger)}")
+    found = {row[1] for row in conn.execute(f"PRAGMA table_info({table})")}
+    for column, default in columns.items():
+        if column not in found:
+            conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+        if default != "NULL":
+            conn.execute(f"UPDATE {table} SET {column} = {default} WHERE {column} IS NULL")
+        if column in _TIMES:
+            _keep_values(conn, table, column, f"{_time(column)} IS NULL")
+    for column in found - columns.keys() - {"id"}:
+        _keep_values(conn, table, column, "1")
+    if table != "messages":  # whose texts are looked at in batches
+        _mend_texts(conn, table, [column for column in columns if _is_text(column)], -MAX_ID, MAX_ID)
+
+
+def _quoted(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
+
+
+def _keep_values(conn: Connection, table: str, column: str, condition: str) -> None:
+    conn.execute(
+        f"INSERT INTO legacy_values SELECT '{table}', id, ?, {_quoted(column)} FROM {table} "
+        f"WHERE {_quoted(column)} IS NOT NULL AND {condition}",
+        (column,),
+    )
+
+
+def _mend_texts(conn: Connection, table: str, columns: Sequence[str], after: int, until: int) -> None:
+    """Makes text of what Python cannot read as text: bytes, and what is no UTF-8. What it was is kept."""
+    conn.text_factory = bytes
+    wrong: list[tuple[int, str, bytes]] = []
+    try:
+        for column in columns:
+            rows = conn.execute(
+                f"SELECT id, {column}, typeof({column}) = 'blob' FROM {table} "
+                f"WHERE id > ? AND id <= ? AND {column} IS NOT NULL",
+                (after, until),
+            )
+            wrong += [(row_id, column, value) for row_id, value, is_blob in rows if is_blob or not _is_utf8(value)]
+    finally:
+        conn.text_factory = str
+    for row_id, column, value in wrong:
+        conn.execute("INSERT INTO legacy_values VALUES (?, ?, ?, ?)", (table, row_id, column, value))
+        conn.execute(f"UPDATE {table} SET {column} = ? WHERE id = ?", (value.decode(errors="replace"), row_id))
+
+
+def _is_utf8(value: object) -> bool:
+    try:
+        return not isinstance(value, bytes) or value.isascii() or bool(value.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _first_id(conn: Connection) -> int:
+    first = conn.execute("SELECT min(id) FROM messages").fetchone()[0]
+    return (first or 0) - 1
+
+
+def _batch_end(conn: Connection, after: int) -> int | None:
+    """The last id of the next batch of messages; None where there is none."""
+    row = conn.execute(
+        "SELECT max(id) FROM (SELECT id FROM messages WHERE id > ? ORDER BY id LIMIT ?)", (after, _BATCH)
+    ).fetchone()
+    return None if row[0] is None else int(row[0])
+
+
+def _adopt_images(conn: Connection, keep_image: KeepImage) -> tuple[int, int]:
+    """Makes files of the images of old; how many, and how many are no images."""
+    ids = _ids(conn, "SELECT id FROM new_messages WHERE legacy_image <> ''")
+    progress = _Progress("adopting images", len(ids))
+    files = 0
+    for message_id in ids:
+        session_key, image = conn.execute(
+            "SELECT s.session_key, m.legacy_image FROM new_messages m JOIN new_sessions s ON s.id = m.session_id "
+            "WHERE m.id = ?",
+            (message_id,),
+        ).fetchone()
+        kept = keep_image(session_key, image)
+        if kept is not None:
+            files += 1
+            conn.execute("INSERT INTO message_images (message_id, file) VALUES (?, ?)", (message_id, kept.file))
+            if kept.whole:
+                conn.execute("UPDATE new_messages SET legacy_image = NULL WHERE id = ?", (message_id,))
+        progress.add(1)
+    return files, len(ids) - files
+
+
+MIGRATIONS: tuple[Callable[[Connection, KeepImage], None], ...] = (adopt,)
 
 
 def email_key(email: str | None) -> str | None:
@@ -437,10 +640,12 @@ def email_key(email: str | None) -> str | None:
     return email and unicodedata.normalize("NFC", email).casefold()
 
 
-def migrate(path: Path) -> None:
-    """Brings the file to the newest schema, a copy of it beside it first.
+def migrate(path: Path, keep_image: KeepImage | None = None) -> None:
+    """Brings the file to the newest schema, a copy of it beside it first. Without `keep_image` the images of old
+    stay in their column.
 
-    Raises errors.Unavailable, and leaves the file as it is, where it is newer than this code or no database.
+    Raises errors.Unavailable, and leaves the file as it is, where it is newer than this code, damaged, or no
+    database.
     """
     conn = sqlite3.connect(path, isolation_level=None)
     conn.create_function("email_key", 1, email_key, deterministic=True)
@@ -454,27 +659,54 @@ def migrate(path: Path) -> None:
             )
         used = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if used and version < len(MIGRATIONS):
+            _check_integrity(conn, path)
             _copy_beside(conn, path, version)
+        conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for as long as this takes
+        conn.execute("PRAGMA legacy_alter_table=ON")  # a view on the tables of old must not be in the way
         for number in range(version, len(MIGRATIONS)):
-            _apply(conn, MIGRATIONS[number], number + 1)
+            _apply(conn, MIGRATIONS[number], number + 1, keep_image or (lambda _key, _image: None))
     except sqlite3.DatabaseError as error:
-        message = f"{path} cannot be opened as a database: {error}."
+        message = f"{path} cannot be opened as a database: {error}. {_RESTORE}"
         raise errors.Unavailable(message, code="database_unavailable") from error
     finally:
         conn.close()
 
 
+_RESTORE = "Where it is damaged, restore a backup: python database.py restore FILE"
+
+
+def _check_integrity(conn: Connection, path: Path) -> None:
+    found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        raise errors.Unavailable(f"{path} is damaged: {found}. {_RESTORE}", code="database_unavailable")
+
+
 def _copy_beside(conn: Connection, path: Path, version: int) -> None:
+    """A copy of the database as it was, unless there is one that is the same: a start that fails over and over
+    must not fill the disk."""
+    size = path.stat().st_size // 1_000_000
+    log.info("migrating %s (%d MB) from version %d: first a copy of it is made", path, size, version)
+    partial = path.with_name(f"{path.name}.v{version}.partial.backup")
+    partial.unlink(missing_ok=True)
+    conn.execute("VACUUM INTO ?", (str(partial),))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    copies = sorted(path.parent.glob(f"{glob.escape(path.name)}.*Z.v{version}.backup"))
+    if copies and filecmp.cmp(copies[-1], partial, shallow=False):
+        partial.unlink()
+        log.info("%s is such a copy already", copies[-1].name)
+        return
     copy = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.v{version}.backup")
-    conn.execute("VACUUM INTO ?", (str(copy),))
-    log.info("migrating %s from version %d; a copy of it as it was is %s", path, version, copy.name)
+    partial.rename(copy)
+    log.info("the copy is %s", copy.name)
 
 
-def _apply(conn: Connection, statements: Iterable[str], version: int) -> None:
+def _apply(
+    conn: Connection, migration: Callable[[Connection, KeepImage], None], version: int, keep_image: KeepImage
+) -> None:
     conn.execute("BEGIN IMMEDIATE")
     try:
-        for statement in statements:
-            conn.execute(statement)
+        migration(conn, keep_image)
         if conn.execute("PRAGMA foreign_key_check").fetchone():
             raise sqlite3.IntegrityError("a row refers to one that is not there")
         conn.execute(f"PRAGMA user_version={version:d}")
@@ -648,6 +880,31 @@ def delete_user(conn: Connection, user_id: int) -> None:
     conn.execute("DELETE FROM users WHERE id = ?", (user_id,))
 
 
+def select_unclaimed(conn: Connection) -> list[tuple[int, int]]:
+    """The accounts that nobody can sign into and that own projects: (user, how many)."""
+    return conn.execute(
+        f"SELECT u.id, count(*) FROM users u JOIN projects p ON p.user_id = u.id WHERE {_CLOSED} GROUP BY u.id"
+    ).fetchall()
+
+
+_CLOSED = "(coalesce(u.email, '') = '' OR coalesce(u.password, '') = '')"
+
+
+def claim_projects(conn: Connection, user_id: int, email: str) -> int:
+    """Gives the projects of an account that nobody can sign into to the account of an e-mail; how many.
+
+    Raises errors.Invalid where there is no such account, or somebody can sign into it.
+    """
+    row = conn.execute(f"SELECT {_CLOSED} FROM users u WHERE u.id = ?", (user_id,)).fetchone()
+    heir = select_user_by_email(conn, email)
+    if row is None or heir is None:
+        missing = f"a user {user_id}" if row is None else f"an account with the e-mail {email}: sign up first"
+        raise errors.Invalid(f"There is not {missing}.")
+    if not row[0] or heir.id == user_id:
+        raise errors.Invalid(f"Somebody can sign in as user {user_id}: what is theirs cannot be claimed.")
+    return conn.execute("UPDATE projects SET user_id = ? WHERE user_id = ?", (heir.id, user_id)).rowcount
+
+
 # --- projects -----------------------------------------------------------------------------------------
 
 
@@ -695,6 +952,19 @@ def update_project(
         (name, description, now(), project_id, user_id),
     )
     return select_project(conn, user_id, project_id)
+
+
+def update_project_path(conn: Connection, project_id: int, project_path: str, errand_id: int) -> str:
+    """Gives a project of old that has no folder this one, and calls off the errand that would remove it; returns
+    the folder that it has then. Raises errors.NotFound where the project is gone."""
+    row = conn.execute("SELECT project_path FROM projects WHERE id = ?", (project_id,)).fetchone()
+    if row is None:
+        raise errors.NotFound("There is no such project.", code="project_not_found")
+    if row[0]:
+        return str(row[0])
+    conn.execute("UPDATE projects SET project_path = ? WHERE id = ?", (project_path, project_id))
+    conn.execute("DELETE FROM outbox WHERE id = ?", (errand_id,))
+    return project_path
 
 
 def delete_project(conn: Connection, user_id: int, project_id: int) -> None:

@@ -7,6 +7,7 @@ import io
 import re
 import secrets
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -124,14 +125,22 @@ class ImageStore:
     def publish(self, session_key: str, staged: Sequence[Staged]) -> list[str]:
         """Renames staged images into a session's folder; their names, as `read` takes them, in the same order.
 
-        Raises errors.Unavailable, and ValueError for what is no session key.
+        Raises errors.Unavailable.
         """
-        if not _SESSION_KEY.fullmatch(session_key):
-            raise ValueError("a session key is a lower-case UUID")
-        files = [f"{session_key}/{one.image.digest}.{one.image.extension}" for one in staged]
+        files = [f"{_folder(session_key)}/{one.image.digest}.{one.image.extension}" for one in staged]
         for one, file in zip(staged, files, strict=True):
             file_utils.move(one.path, self._root / file)
         return files
+
+    def adopt(self, session_key: str, source: str) -> tuple[str, bool] | None:
+        """Makes a file of a picture of old; its name, and whether it has every byte of it. None for what is no
+        picture that is taken. Raises errors.Unavailable."""
+        try:
+            data = _bytes(source, "The image")
+            image = _image(data, "The image", MAX_BYTES)
+        except (errors.Invalid, errors.TooLarge, errors.Unsupported):
+            return None
+        return self.publish(session_key, self.stage([image]))[0], image.data == data
 
     def read(self, file: str) -> tuple[bytes, str]:
         """An image's bytes and media type. Raises errors.NotFound (`image_not_found`)."""
@@ -145,8 +154,7 @@ class ImageStore:
 
     def remove_session(self, session_key: str) -> None:
         """Removes all images of a session, if it has any. Raises errors.Unavailable when something remains."""
-        if _SESSION_KEY.fullmatch(session_key):
-            file_utils.remove_tree(self._root / session_key)
+        file_utils.remove_tree(self._root / _folder(session_key))
 
     def sweep(self, older_than: float) -> None:
         """Removes staged images that are older than so many seconds: a crash left them."""
@@ -177,6 +185,11 @@ class ImageStore:
     def _signature(self, image_id: int, extension: str, expires: str) -> str:
         message = f"{image_id}.{extension}?expires={expires}".encode(errors="replace")
         return hmac.digest(self._key, message, "sha256").hex()[:32]  # 128 bits
+
+
+def _folder(session_key: str) -> str:
+    """The name of a session's folder. A key of old that is no UUID has one that is made of it."""
+    return session_key if _SESSION_KEY.fullmatch(session_key) else str(uuid.uuid5(uuid.NAMESPACE_OID, session_key))
 
 
 def _too_large(message: str) -> errors.TooLarge:

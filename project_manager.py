@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -116,22 +118,42 @@ async def create_project(body: ProjectIn, user: CurrentUser, parts: OpenParts) -
 
 
 async def _create(parts: Parts, user_id: int, body: ProjectIn) -> database.Project:
+    async with _new_folder(parts, body.name, body.description) as (folder, errand):
+        return await parts.db.write(database.insert_project, user_id, body.name, body.description, folder, errand)
+
+
+async def _give_folder(parts: Parts, project: database.Project) -> str:
+    """The folder of a project of old that has none: a new one, or what another request gave it meanwhile."""
+    async with _new_folder(parts, project.name, project.description) as (folder, errand):
+        given = await parts.db.write(database.update_project_path, project.id, folder, errand)
+    if given != folder:
+        await _abandon(parts, errand)
+    return given
+
+
+@asynccontextmanager
+async def _new_folder(parts: Parts, name: str, description: str | None) -> AsyncIterator[tuple[str, int]]:
+    """A new folder below PROJECTS_DIR, and the errand that removes it unless a row of ours calls that off."""
     stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
-    folder = parts.settings.projects / f"{file_utils.slug(body.name)}_{stamp}"
+    folder = parts.settings.projects / f"{file_utils.slug(name)}_{stamp}"
     # Whoever finds this errand after we died removes a folder that has no row.
     errand = await parts.db.write(database.insert_errand, "folder", str(folder), parts.turns.owner)
     try:
-        await asyncio.to_thread(_make_folder, folder, body)
-        return await parts.db.write(database.insert_project, user_id, body.name, body.description, str(folder), errand)
+        await asyncio.to_thread(_make_folder, folder, name, description)
+        yield str(folder), errand
     except Exception:
-        await parts.db.write(database.postpone_errand, errand, 0)  # it is due now, and anybody's
-        await parts.turns.do_errands()
+        await _abandon(parts, errand)
         raise
 
 
-def _make_folder(folder: Path, body: ProjectIn) -> None:
+async def _abandon(parts: Parts, errand: int) -> None:
+    await parts.db.write(database.postpone_errand, errand, 0)  # it is due now, and anybody's
+    await parts.turns.do_errands()
+
+
+def _make_folder(folder: Path, name: str, description: str | None) -> None:
     file_utils.make_folder(folder)
-    about = f"# {body.name}\n" + (f"\n{body.description}\n" if body.description else "")
+    about = f"# {name}\n" + (f"\n{description}\n" if description else "")
     file_utils.write_atomic(folder / "README.md", about.encode())
 
 
@@ -234,8 +256,11 @@ def _session_out(session: database.Session) -> SessionOut:
 )
 async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> list[FileNode]:
     """The project's files and folders, each level sorted by name. Links are neither shown nor followed."""
-    root = _root(parts, user.id, project_id)
-    return [FileNode.model_validate(node) for node in await asyncio.to_thread(file_utils.tree, root)]
+    project = parts.db.read(database.select_project, user.id, project_id)
+    if not project.project_path:
+        return []
+    nodes = await asyncio.to_thread(file_utils.tree, Path(project.project_path))
+    return [FileNode.model_validate(node) for node in nodes]
 
 
 @router.get(
@@ -247,7 +272,10 @@ async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> lis
 )
 async def read_file(project_id: Id, path: str, user: CurrentUser, parts: OpenParts) -> FileOut:
     """A file's text, or the news that it is binary."""
-    data = await asyncio.to_thread(file_utils.read_file, _root(parts, user.id, project_id), path, MAX_FILE)
+    project = parts.db.read(database.select_project, user.id, project_id)
+    if not project.project_path:
+        raise errors.NotFound("There is no such file.", code="file_not_found")
+    data = await asyncio.to_thread(file_utils.read_file, Path(project.project_path), path, MAX_FILE)
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -268,13 +296,7 @@ async def write_file(project_id: Id, path: str, body: FileIn, user: CurrentUser,
     data = body.content.encode()
     if len(data) > MAX_FILE:
         raise errors.TooLarge("A file may have 10 MB at most.", code="file_too_large")
-    await asyncio.to_thread(file_utils.write_file, _root(parts, user.id, project_id), path, data)
+    project = parts.db.read(database.select_project, user.id, project_id)
+    root = project.project_path or await asyncio.shield(asyncio.ensure_future(_give_folder(parts, project)))
+    await asyncio.to_thread(file_utils.write_file, Path(root), path, data)
     return FileWritten(size=len(data))
-
-
-def _root(parts: Parts, user_id: int, project_id: int) -> Path:
-    """The project's folder. Raises errors.NotFound where there is no such project, or it never had a folder."""
-    project = parts.db.read(database.select_project, user_id, project_id)
-    if not project.project_path:
-        raise errors.NotFound("This project has no folder.", code="file_not_found")
-    return Path(project.project_path)

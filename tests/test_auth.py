@@ -466,7 +466,7 @@ def test_deleting_the_account_deletes_all_it_owns(served: Served, openclaw: Stan
         ("messages", "session_id", session["id"]),
         ("turns", "session_id", session["id"]),
     ):
-        assert rows(served, f"SELECT count(*) FROM {table} WHERE {column} = ?", value) == [(0,)]  # noqa: S608
+        assert rows(served, f"SELECT count(*) FROM {table} WHERE {column} = ?", value) == [(0,)]
     key = f"agent:main:openai-user:adapter-session-{session['session_key']}"
     until(lambda: key in openclaw.deleted, 10, "the session's deletion in the gateway")
 

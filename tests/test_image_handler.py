@@ -513,13 +513,15 @@ class TestStore:
 
     @pytest.mark.parametrize("key", ["", ".", "..", "incoming", "../other", f"{SESSION}/..", "x"])
     def test_session_keys(self, store: ImageStore, tmp_path: Path, key: str) -> None:
-        """What is no session key publishes nothing and removes nothing."""
+        """A key that is no UUID, as old sessions may have, has a folder of its own like any other, and touches
+        nothing else."""
         (tmp_path / "other").mkdir()
         (tmp_path / "other/file").write_bytes(b"")
-        staged = store.stage([decode(made("PNG"))])
+        [one] = store.publish(SESSION, store.stage([decode(made("PNG"))]))
         before = files(tmp_path)
-        with pytest.raises(ValueError, match="session key"):
-            store.publish(key, staged)
+        [name] = store.publish(key, store.stage([decode(made("PNG"))]))
+        assert name != one
+        assert store.read(name) == store.read(one)
         store.remove_session(key)
         assert files(tmp_path) == before
 

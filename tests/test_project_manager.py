@@ -204,7 +204,7 @@ def test_deleting_a_project_deletes_all_that_is_in_it(served: Served, openclaw: 
     for path in (f"/projects/{project['id']}", f"/sessions/{session['id']}/messages", link):
         assert ada.http.get(path).status_code == 404
     for table, column in (("sessions", "id"), ("messages", "session_id"), ("turns", "session_id")):
-        counted = rows(served, f"SELECT count(*) FROM {table} WHERE {column} = ?", session["id"])  # noqa: S608
+        counted = rows(served, f"SELECT count(*) FROM {table} WHERE {column} = ?", session["id"])
         assert counted == [(0,)]
     keys = {f"agent:main:openai-user:adapter-session-{one['session_key']}" for one in (session, busy)}
     until(lambda: keys <= set(openclaw.deleted), 10, "the sessions' deletion in the gateway")

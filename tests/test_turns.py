@@ -47,7 +47,7 @@ class CuttingReader:
     """A client whose connection breaks after so many bytes, and who goes on from the last whole frame."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)  # noqa: S311 - where to cut, not a secret
+        self._random = random.Random(seed)
         self.text = ""
         self.offset = 0
         self.done = False
@@ -525,7 +525,7 @@ def _under_load(person: Person, sessions: list[JSON], sent: list[tuple[str, int]
 
     def send(session: JSON) -> None:
         while not over.is_set():
-            text = f"[[chunks=20 size=6 delay=0.01 seed={random.randrange(10**9)}]]"  # noqa: S311
+            text = f"[[chunks=20 size=6 delay=0.01 seed={random.randrange(10**9)}]]"
             try:
                 with person.listen(session, text, key=text) as (response, stream):
                     if response.status_code == 200:
@@ -553,7 +553,7 @@ def test_fifty_kills_lose_and_double_nothing(tmp_path: Path, openclaw: StandIn) 
         sessions = [person.session(project) for _ in range(6)]
         for kill in range(50):
             with _under_load(person, sessions, sent):
-                time.sleep(random.Random(kill).uniform(0.1, 0.5))  # noqa: S311
+                time.sleep(random.Random(kill).uniform(0.1, 0.5))
                 service.kill()
             service.start()
             until(lambda: _all_final(tmp_path), 15, "every turn to be final")

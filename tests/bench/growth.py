@@ -1,0 +1,125 @@
+"""What a large database costs: each operation with 1,000 messages and with 1,000,000, and the adoption of such a file.
+
+Prints tables of Markdown. The two databases are measured in turns, so that what else the machine does hits both.
+"""
+
+import asyncio
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from sqlite3 import Connection
+
+import database
+from database import Database
+from tests import legacy
+
+ROUNDS = 500
+SESSIONS_OF_A_PROJECT = 10
+PROJECTS_OF_A_USER = 10
+
+
+async def fill(db: Database, sessions: int, messages: int) -> None:
+    """Users with 10 projects each, projects with 10 sessions each, sessions with so many messages each."""
+
+    def insert(conn: Connection) -> None:
+        at = database.now()
+        for number in range(1, sessions + 1):
+            project = (number - 1) // SESSIONS_OF_A_PROJECT + 1
+            conn.execute(
+                "INSERT INTO sessions (id, project_id, session_key, created_at) VALUES (?, ?, ?, ?)",
+                (number, project, f"key-{number}", at),
+            )
+        rows = (
+            (number % sessions + 1, ("user", "assistant")[number // sessions % 2], f"a message {number} " * 8, at)
+            for number in range(sessions * messages)
+        )
+        conn.executemany("INSERT INTO messages (session_id, role, content, created_at) VALUES (?, ?, ?, ?)", rows)
+
+    def own(conn: Connection) -> None:
+        for number in range(max(sessions // 100, 1)):
+            user = database.insert_user(conn, f"{number}@example.com", None, "h")
+            for name in range(PROJECTS_OF_A_USER):
+                database.insert_project(conn, user.id, f"P{name}", None, "", 0)
+
+    await db.write(own)
+    await db.write(insert)
+
+
+async def begin_and_end(db: Database) -> float:
+    """The seconds that the beginning of a turn takes; it is ended afterwards."""
+    started = time.perf_counter()
+    begun = await db.write(database.begin_turn, 1, "key-1", "Hello", "Hello", "digest", None, "me")
+    took = time.perf_counter() - started
+    await db.write(database.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
+    return took
+
+
+async def store_text(db: Database) -> float:
+    """The seconds that storing the text of a running reply takes."""
+    begun = await db.write(database.begin_turn, 1, "key-2", "Hello", "Hello", "digest", None, "me")
+    started = time.perf_counter()
+    await db.write(database.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
+    took = time.perf_counter() - started
+    await db.write(database.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
+    return took
+
+
+def reading(job: Callable[..., object], *arguments: object) -> Callable[[Database], Awaitable[float]]:
+    """The seconds that a reading job takes."""
+
+    async def read(db: Database) -> float:
+        started = time.perf_counter()
+        db.read(job, *arguments)
+        return time.perf_counter() - started
+
+    return read
+
+
+OPERATIONS: dict[str, Callable[[Database], Awaitable[float]]] = {
+    "listing a user's 10 projects": reading(database.select_projects, 1),
+    "listing a project's 10 sessions": reading(database.select_sessions, 1, 1, False),
+    "the last 50 messages of a session": reading(database.select_messages, 1, 3, 50, None),
+    "beginning a turn": begin_and_end,
+    "storing the text of a reply": store_text,
+}
+
+
+async def compare(directory: Path) -> None:
+    """Prints what each operation costs in a small and in a large database."""
+    small, large = Database(directory / "small.db"), Database(directory / "large.db")
+    for db, sessions, messages in ((small, 20, 50), (large, 1000, 1000)):
+        db.open()
+        await fill(db, sessions, messages)
+    sys.stdout.write("| operation | 1,000 messages | 1,000,000 messages | ratio |\n|---|---|---|---|\n")
+    for name, operation in OPERATIONS.items():
+        pairs = [(await operation(small), await operation(large)) for _ in range(ROUNDS)]
+        first, second = (statistics.median(column) * 1e6 for column in zip(*pairs, strict=True))
+        sys.stdout.write(f"| {name} | {first:.0f} µs | {second:.0f} µs | {second / first:.2f} |\n")
+    for db in (small, large):
+        db.close()
+
+
+def adopt(directory: Path) -> None:
+    """Prints what the adoption of a database of old with 1,000,000 messages takes."""
+    path = directory / "old.db"
+    legacy.build(path, 1_000_000)
+    started = time.perf_counter()
+    database.migrate(path)
+    took = time.perf_counter() - started
+    sys.stdout.write(f"\nAdoption of {path.stat().st_size / 1e6:.0f} MB with 1,000,000 messages: {took:.1f} s\n")
+
+
+def main() -> None:
+    """Prints the tables; progress goes to stderr."""
+    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(compare(Path(directory)))
+        adopt(Path(directory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The production database of old is taken over: nothing of it is lost, and whatever happens on the way leaves the old
+file or the new one."""
+
+import base64
+import logging
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import database
+import errors
+
+from .legacy import OLD_PASSWORD, adopt, build, images, texts
+from .service import CHECKOUT, Served
+
+
+def rows(path: Path, query: str, *values: object) -> list[Any]:
+    """What a query brings."""
+    with closing(sqlite3.connect(path)) as conn:
+        return conn.execute(query, values).fetchall()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a database of old is to be."""
+    return tmp_path / "clawdbot_adapter.db"
+
+
+# --- nothing is lost ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("messages", [0, 1, 2, 10, 1_000, 100_000, 1_000_000])
+def test_every_row_and_text_is_there(path: Path, messages: int) -> None:
+    """All texts have the SHA-256 that they had, each row is in its table or among those without an owner, each image
+    is a file with its bytes or stands where it stood, and SQLite finds nothing wrong."""
+    build(path, messages, seed=messages)
+    before = texts(path)
+    pictures = dict(images(path))
+    tables = ("users", "projects", "sessions", "messages")
+    counts = {table: rows(path, f"SELECT count(*) FROM {table}")[0][0] for table in tables}
+    highest = dict(rows(path, "SELECT name, seq FROM sqlite_sequence"))
+    store = adopt(path)
+    assert texts(path) == before
+    for table in tables[1:]:
+        query = f"SELECT (SELECT count(*) FROM {table}) + (SELECT count(*) FROM orphaned_{table})"
+        assert rows(path, query) == [(counts[table],)]
+    assert rows(path, "SELECT count(*) FROM users") == [(counts["users"],)]
+    assert rows(path, "PRAGMA foreign_key_check") == []
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+    assert dict(rows(path, "SELECT name, seq FROM sqlite_sequence")).items() >= highest.items()
+    kept = dict(rows(path, "SELECT id, legacy_image FROM messages WHERE legacy_image <> ''"))
+    kept |= dict(rows(path, "SELECT id, image FROM orphaned_messages WHERE image <> ''"))
+    files = dict(rows(path, "SELECT message_id, file FROM message_images"))
+    assert kept.keys() | files.keys() == pictures.keys()
+    assert not kept.keys() & files.keys()
+    assert all(pictures[number] == text for number, text in kept.items())
+    for number, file in files.items():
+        assert store.read(file)[0] == base64.b64decode(pictures[number].rpartition(",")[2])
+
+
+def test_what_fits_nowhere_is_kept(path: Path) -> None:
+    """Columns that nobody knows, times that cannot be read and bytes that are no text are in a table of their own;
+    other tables and views stay."""
+    build(path, 200, seed=3)
+    models = rows(path, "SELECT id, model FROM messages WHERE model IS NOT NULL")
+    times = rows(path, "SELECT id FROM messages WHERE created_at = 'yesterday'")
+    adopt(path)
+    value = "SELECT row_id, value FROM legacy_values WHERE table_name = ? AND column_name = ? ORDER BY row_id"
+    assert rows(path, value, "messages", "model") == models
+    assert rows(path, value, "users", "phone") == [(4, "+49 30 123")]
+    assert rows(path, value, "messages", "created_at") == [(number, "yesterday") for (number,) in times]
+    assert rows(path, value, "messages", "content") == [(1000, b"\xc3(AB\xff"), (1002, b"H\xc3\xa9")]
+    every = "SELECT id, content FROM messages UNION SELECT id, content FROM orphaned_messages ORDER BY id"
+    mended = {number: text for number, text in rows(path, every) if number in (1000, 1002)}
+    assert mended == {1000: "\ufffd(AB\ufffd", 1002: "Hé"}
+    assert rows(path, "SELECT count(*) FROM settings_of_old") == [(0,)]
+    assert rows(path, "SELECT count(*) > 0 FROM last_words") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("2026-02-04 10:47:49", "2026-02-04T10:47:49.000Z"),
+        ("2026-02-04 10:47:49.123456", "2026-02-04T10:47:49.123Z"),
+        ("2026-02-04T10:47:49Z", "2026-02-04T10:47:49.000Z"),
+        ("2026-02-04T10:47:49.250+02:00", "2026-02-04T08:47:49.250Z"),
+        ("2026-02-04", "2026-02-04T00:00:00.000Z"),
+        (1770000000, "2026-02-02T02:40:00.000Z"),
+        (1770000000.5, "2026-02-02T02:40:00.500Z"),
+        (1770000000123, "2026-02-02T02:40:00.123Z"),
+    ],
+)
+def test_a_time_keeps_its_instant(path: Path, old: object, new: str) -> None:
+    """However it was written, it is the same moment as the contract writes it."""
+    build(path)
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute("UPDATE sessions SET created_at = ?, last_used_at = ? WHERE id = 58", (old, old))
+        conn.commit()
+    adopt(path)
+    assert rows(path, "SELECT created_at, last_used_at FROM sessions WHERE id = 58") == [(new, new)]
+
+
+def test_columns_that_an_older_file_lacks(path: Path) -> None:
+    """A file from before some column was added is taken over as well, with what the column counts as."""
+    build(path)
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute("DROP TRIGGER update_projects_timestamp")
+        for table, columns in {
+            "messages": ["image", "created_at"],
+            "projects": ["description", "project_path", "archived", "updated_at"],
+            "sessions": ["archived", "scope", "channel", "agent_id", "last_used_at", "label"],
+        }.items():
+            for column in columns:
+                conn.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        conn.commit()
+    before = texts(path)
+    adopt(path)
+    assert texts(path) == before
+    query = "SELECT archived, scope, channel, agent_id, label, last_used_at FROM sessions WHERE id = 58"
+    assert rows(path, query) == [(0, "private", "webchat", "main", None, None)]
+
+
+def test_no_id_is_used_twice(path: Path) -> None:
+    """An id of a deleted row of old is never given to a new one."""
+    build(path)
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute("DELETE FROM messages WHERE id > 100")
+        conn.execute("DELETE FROM users WHERE id = 3")
+        conn.commit()
+    adopt(path)
+    with closing(database.connect(path, read_only=False)) as conn:
+        assert database.insert_user(conn, "new@example.com", None, "hash").id == 4
+        (key,) = conn.execute("SELECT session_key FROM sessions WHERE id = 58").fetchone()
+        begun = database.begin_turn(conn, 1, key, "", "", "", None, "")
+        assert begun.message_id == 364
+
+
+def test_the_log_says_how_many(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An operator sees where the copy is, and how many of each there were."""
+    build(path)
+    with caplog.at_level(logging.INFO, "clawd"):
+        adopt(path)
+    (copy,) = path.parent.glob("*.v0.backup")
+    assert copy.name in caplog.text
+    assert "adopted 3 users, 2 projects, 3 sessions, 7 messages" in caplog.text
+    assert "kept aside: 0 projects, 0 sessions, 2 messages" in caplog.text
+    assert "images: 2 are files now, 1 are none and stay" in caplog.text
+
+
+def test_the_copy_beside_is_the_file_as_it_was(path: Path) -> None:
+    """It has all that the file had, and a start that comes again does not make another one."""
+    build(path, 100)
+    before = texts(path)
+    original = path.read_bytes()
+    for _ in range(3):
+        path.write_bytes(original)
+        for leftover in path.parent.glob("*.db-*"):
+            leftover.unlink()
+        adopt(path)
+    (copy,) = path.parent.glob("*.backup")
+    assert texts(copy) == before
+    assert rows(copy, "PRAGMA user_version") == [(0,)]
+
+
+def test_twice_is_once(path: Path) -> None:
+    """A second start changes nothing."""
+    build(path, 100)
+    adopt(path)
+    before = path.read_bytes()
+    adopt(path)
+    assert path.read_bytes() == before
+
+
+# --- refused, and killed ------------------------------------------------------------------------------
+
+
+def damage(content: bytes) -> bytes:
+    """The same file with pages in its middle overwritten."""
+    middle = len(content) // 2 // 4096 * 4096
+    return content[:middle] + b"\xa5" * 8192 + content[middle + 8192 :]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (damage, "damaged"),
+        (lambda content: content[: len(content) // 2], "damaged|malformed"),
+        (lambda _: b"This is a letter to my aunt.\n" * 500, "not a database"),
+        (lambda content: content[:60] + (99).to_bytes(4, "big") + content[64:], "start the newer code"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[bytes], bytes], said: str) -> None:
+    """A damaged one, one that is no database, and a newer one are refused with what to do, and stay as they are, with
+    nothing beside them."""
+    build(path, 300)
+    content = spoil(path.read_bytes())
+    path.write_bytes(content)
+    with pytest.raises(errors.Unavailable, match=said) as refused:
+        adopt(path)
+    assert "restore" in str(refused.value)
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
+    """Where there is no room for the images, nothing has happened."""
+    build(path)
+    before = path.read_bytes()
+    (path.parent / "images").write_text("a file where the folder should be")
+    with pytest.raises(errors.Unavailable):
+        adopt(path)
+    assert path.read_bytes() == before
+
+
+ADOPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import database
+from tests.legacy import adopt
+print(flush=True)
+adopt(Path(sys.argv[1]))
+"""
+
+
+def start(path: Path) -> "subprocess.Popen[bytes]":
+    """A process that adopts; returns when it begins."""
+    process = subprocess.Popen([sys.executable, "-c", ADOPT, path, CHECKOUT], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def test_a_kill_leaves_the_old_or_the_new_file(path: Path) -> None:
+    """30 times kill -9 at a random moment: the file is as it was or adopted, and the next start finishes."""
+    build(path, 20_000, seed=1)
+    before, original = texts(path), path.read_bytes()
+    started = time.monotonic()
+    start(path).wait()
+    duration = time.monotonic() - started
+    chance, left = random.Random(7), []
+    for _ in range(30):
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+        path.write_bytes(original)
+        process = start(path)
+        time.sleep(chance.uniform(0, duration))
+        process.kill()
+        process.wait()
+        left.append(rows(path, "PRAGMA user_version")[0][0])
+        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+        assert texts(path) == before
+        adopt(path)
+        assert rows(path, "PRAGMA user_version") == [(len(database.MIGRATIONS),)]
+        assert texts(path) == before
+    assert left.count(0) > 5, "the kills were meant to come in the middle"
+
+
+def test_two_starts_at_once_are_one(path: Path) -> None:
+    """Two processes that open it at the same moment make one adoption and one copy."""
+    build(path, 20_000)
+    before = texts(path)
+    script = "import sys; sys.path.insert(0, sys.argv[2]); import database, pathlib; "
+    script += "db = database.Database(pathlib.Path(sys.argv[1])); db.open(); db.close()"
+    starts = [subprocess.Popen([sys.executable, "-c", script, path, CHECKOUT]) for _ in range(2)]
+    assert [process.wait(60) for process in starts] == [0, 0]
+    assert texts(path) == before
+    assert len(list(path.parent.glob("*.backup"))) == 1
+
+
+# --- over HTTP ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(tmp_path: Path, serve: Callable[..., Served]) -> Served:
+    """The service on the database of old."""
+    build(tmp_path / "service.db")
+    return serve()
+
+
+def login(served: Served, email: str, password: str) -> httpx.Response:
+    """The answer to a login."""
+    return httpx.post(f"{served.url}/auth/login", json={"email": email, "password": password}, trust_env=False)
+
+
+@pytest.mark.parametrize("email", OLD_PASSWORD)
+def test_an_old_user_signs_in(old: Served, tmp_path: Path, email: str) -> None:
+    """With the old password, whose hash is a better one from then on; with no other one."""
+    assert login(old, email, "wrong password").status_code == 401
+    assert login(old, email.swapcase(), OLD_PASSWORD[email]).status_code == 200
+    (hashed,) = rows(tmp_path / "service.db", "SELECT password FROM users WHERE email = ?", email)[0]
+    assert hashed.startswith("$argon2id$")
+    assert login(old, email, OLD_PASSWORD[email]).status_code == 200
+    assert login(old, email, hashed).status_code == 401
+
+
+def test_what_was_theirs_is_theirs(old: Served) -> None:
+    """An old user finds projects, archived sessions and messages as they were, images as URLs that load, and can
+    write files into a project that never had a folder."""
+    token = login(old, "ada@example.com", "test123").json()["access_token"]
+    with httpx.Client(base_url=old.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as http:
+        (project,) = http.get("/projects").json()
+        assert (project["id"], project["name"], project["project_path"]) == (35, "Ünïcode / name", "")
+        (session,) = http.get("/projects/35/sessions?archived=true").json()
+        assert (session["id"], session["archived"], session["last_used_at"]) == (60, 1, "2026-02-04T11:01:12.000Z")
+        messages = http.get("/sessions/60/messages").json()
+        assert [message["content"] for message in messages[:2]] == ["testing", "Testing confirmed! 🚀"]
+        assert {message["status"] for message in messages} == {"complete"}
+        picture = http.get(messages[3]["image"])
+        assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+        assert http.get("/projects/35/files").json() == []
+        assert http.get("/projects/35/files/notes.txt").json()["code"] == "file_not_found"
+        assert http.put("/projects/35/files/notes.txt", json={"content": "new"}).status_code == 200
+        assert http.get("/projects/35/files/notes.txt").json()["content"] == "new"
+        assert {node["name"] for node in http.get("/projects/35/files").json()} == {"README.md", "notes.txt"}
+        (project,) = http.get("/projects").json()
+        assert Path(project["project_path"]).is_relative_to(old.settings.projects)
+
+
+def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An account without e-mail and password cannot be signed into. What it owns can be claimed for one that can, and
+    until then each start says so."""
+    for email in ("", "None", "null"):
+        assert login(old, email, "").status_code in (401, 422)
+    old.stop()
+    with caplog.at_level(logging.WARNING, "clawd"):
+        db = database.Database(tmp_path / "service.db")
+        db.open()
+        db.close()
+    assert "database.py claim --from-user 1 --to EMAIL" in caplog.text
+    with closing(database.connect(tmp_path / "service.db", read_only=False)) as conn:
+        for user_id, email, said in ((1, "x@example.com", "sign up first"), (9, "bob@example.com", "user 9")):
+            with pytest.raises(errors.Invalid, match=said):
+                database.claim_projects(conn, user_id, email)
+        with pytest.raises(errors.Invalid, match="cannot be claimed"):
+            database.claim_projects(conn, 2, "bob@example.com")
+        assert database.claim_projects(conn, 1, "BOB@example.com") == 1
+        assert database.select_unclaimed(conn) == []
+        assert [project.name for project in database.select_projects(conn, 3)] == ["jasd"]
+        assert len(database.select_messages(conn, 3, 59, None, None)) == 3

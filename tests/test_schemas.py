@@ -1,0 +1,51 @@
+"""Each version of the schema is kept as it was made, and every one of them walks up to the newest."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import database
+
+SCHEMAS = sorted((Path(__file__).parent / "schemas").glob("v*.sql"), key=lambda path: int(path.stem[1:]))
+
+
+def schema(path: Path) -> str:
+    """All that a database is made of, in the order of its making, and its version."""
+    with closing(sqlite3.connect(path)) as conn:
+        rows = conn.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
+        statements = [f"{row[0]};\n" for row in rows]
+        return "".join([*statements, f"PRAGMA user_version={conn.execute('PRAGMA user_version').fetchone()[0]};\n"])
+
+
+def test_every_version_is_kept() -> None:
+    """A change of the schema is one more migration, with one more file: tests/schemas/v<number>.sql."""
+    assert [path.stem for path in SCHEMAS] == [f"v{number}" for number in range(1, len(database.MIGRATIONS) + 1)]
+
+
+def test_the_migrations_make_the_newest(tmp_path: Path) -> None:
+    """A new database has exactly the schema that is kept; whoever changes a migration that stands is told here."""
+    database.migrate(tmp_path / "new.db")
+    assert schema(tmp_path / "new.db") == SCHEMAS[-1].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kept", SCHEMAS, ids=lambda path: path.stem)
+def test_a_version_walks_up(tmp_path: Path, kept: Path) -> None:
+    """A database of that version becomes one of the newest, as if it had been made by it."""
+    with closing(sqlite3.connect(tmp_path / "old.db")) as conn:
+        conn.executescript(kept.read_text(encoding="utf-8"))
+    assert schema(tmp_path / "old.db") == kept.read_text(encoding="utf-8")
+    database.migrate(tmp_path / "old.db")
+    assert schema(tmp_path / "old.db") == SCHEMAS[-1].read_text(encoding="utf-8")
+
+
+def test_the_schema_of_an_adopted_database_is_the_same(tmp_path: Path) -> None:
+    """One that was taken over has the rules of a new one; only the tables of what had no owner are its own."""
+    with closing(sqlite3.connect(tmp_path / "old.db")) as conn:
+        conn.executescript((Path(__file__).parent / "legacy_schema.sql").read_text(encoding="utf-8"))
+    for name in ("old.db", "new.db"):
+        database.migrate(tmp_path / name)
+    statements = [set(schema(tmp_path / name).split(";\n")) for name in ("old.db", "new.db")]
+    old, new = ({line for line in lines if "orphaned" not in line} for lines in statements)
+    assert old == new
