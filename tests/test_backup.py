@@ -167,13 +167,16 @@ def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
         assert command("check").returncode == DONE
 
 
-def test_a_frozen_service_still_runs(tmp_path: Path, openclaw: StandIn, live: Path) -> None:
+def test_a_frozen_service_still_runs(
+    tmp_path: Path, openclaw: StandIn, live: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A restore is refused while a process of the service is suspended, and leaves nothing behind; another
     database beside it is nobody's business."""
     backup = make(tmp_path / "some.backup", "backup@example.com")
     with Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent)) as service:
         service.freeze()
         assert run("restore", backup) == RUNS
+        assert f"process {service.pid}" in capsys.readouterr().err
         assert run("restore", backup, "--database", tmp_path / "other.db") == DONE
         service.thaw()
     assert not [name for name in names(live.parent) if "restor" in name or "replaced" in name]
