@@ -337,13 +337,35 @@ def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog
         db.open()
         db.close()
     assert "database.py claim --from-user 1 --to EMAIL" in caplog.text
-    with closing(database.connect(tmp_path / "service.db", read_only=False)) as conn:
-        for user_id, email, said in ((1, "x@example.com", "sign up first"), (9, "bob@example.com", "user 9")):
-            with pytest.raises(errors.Invalid, match=said):
-                database.claim_projects(conn, user_id, email)
-        with pytest.raises(errors.Invalid, match="cannot be claimed"):
-            database.claim_projects(conn, 2, "bob@example.com")
-        assert database.claim_projects(conn, 1, "BOB@example.com") == 1
-        assert database.select_unclaimed(conn) == []
-        assert [project.name for project in database.select_projects(conn, 3)] == ["jasd"]
-        assert len(database.select_messages(conn, 3, 59, None, None)) == 3
+    for user_id, email, said in (
+        (1, "x@example.com", "an account with the e-mail x@example.com: sign up first"),
+        (9, "bob@example.com", "There is not a user 9"),
+        (2, "bob@example.com", "Somebody can sign in as user 2"),
+    ):
+        done = claim(tmp_path, user_id, email)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    new = Served(old.settings)
+    with new:  # it can be done while the service runs
+        done = claim(tmp_path, 1, "BOB@example.com")
+        assert (done.returncode, done.stdout) == (0, "1 projects of user 1 belong to BOB@example.com now\n"), (
+            done.stderr
+        )
+        token = login(new, "bob@example.com", "hunter22!").json()["access_token"]
+        with httpx.Client(base_url=new.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as http:
+            assert [project["name"] for project in http.get("/projects").json()] == ["jasd"]
+            assert len(http.get("/sessions/59/messages").json()) == 3
+    assert rows(tmp_path / "service.db", "SELECT count(*) FROM projects WHERE user_id = 1") == [(0,)]
+
+
+def claim(directory: Path, user_id: int, email: str) -> "subprocess.CompletedProcess[str]":
+    """What an operator types."""
+    command = [sys.executable, "database.py", "claim", "--database", str(directory / "service.db")]
+    command += ["--from-user", str(user_id), "--to", email]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+
+
+def test_a_claim_before_the_adoption_says_what_to_do(tmp_path: Path) -> None:
+    """It needs the new schema, which the first start makes."""
+    build(tmp_path / "service.db")
+    done = claim(tmp_path, 1, "bob@example.com")
+    assert (done.returncode, "Start the service" in done.stderr) == (4, True)

@@ -1,0 +1,562 @@
+"""`python database.py backup`, `restore` and `check`: under load, after crashes, and on files that are not what they
+should be."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+import database
+import errors
+from database import Database, FileLock
+
+from .legacy import build
+from .service import CHECKOUT, Service, until
+from .stand_in import StandIn
+
+DONE, FAILED, USAGE, RUNS, FILE_PROBLEM = 0, 1, 2, 3, 4
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+
+
+@pytest.fixture(autouse=True)
+def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the settings of the command have the database: in a folder that is not there yet."""
+    path = tmp_path / "live" / "service.db"
+    for name, value in (("DB_PATH", path), ("DATA_DIR", path.parent), ("PROJECTS_DIR", path.parent / "projects")):
+        monkeypatch.setenv(name, str(value))
+    return path
+
+
+def command(*words: str | Path, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """The command as an operator runs it, after that line of shell."""
+    program = [sys.executable, str(CHECKOUT / "database.py"), *map(str, words)]
+    return subprocess.run(
+        ["/bin/sh", "-c", f'{shell or ":"}; exec "$@"', "sh", *program], capture_output=True, text=True, check=False
+    )
+
+
+def run(*words: str | Path) -> int:
+    """The exit status of the command, run within the test."""
+    return database.main([str(word) for word in words])
+
+
+def make(path: Path, *emails: str) -> Path:
+    """A database with these users, the first of whom has a project and a session with a message and its reply."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    database.migrate(path)
+    with closing(database.connect(path, read_only=False)) as conn:
+        for email in emails:
+            database.insert_user(conn, email, None, "hash")
+        project = database.insert_project(conn, 1, "P", None, str(path.parent / "projects" / "p"), 0)
+        session = database.insert_session(conn, 1, project.id, None, "main")
+        database.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", None, "me")
+    return path
+
+
+def users(path: Path) -> set[str]:
+    """Who is in a database, which must be sound."""
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        return {row[0] for row in conn.execute("SELECT email FROM users")}
+
+
+def digest(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(folder: Path) -> set[str]:
+    """What lies in a folder but the lock."""
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
+
+
+def execute(path: Path, *statements: str) -> None:
+    """Changes a file behind the service's back, to one without others beside it."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        for statement in ("PRAGMA journal_mode=DELETE", *statements):
+            conn.execute(statement)
+
+
+# --- with a service -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def load(service: Service, people: int) -> Iterator[list[tuple[int, str]]]:
+    """People who talk without a pause; what each acknowledged message was: the reply's id, and the text."""
+    acknowledged: list[tuple[int, str]] = []
+    over = threading.Event()
+
+    def talk(number: int) -> None:
+        with service.person() as person:
+            session = person.session()
+            count = 0
+            while not over.is_set():
+                text = f"{number}-{count}"
+                answer = person.say(session, text)
+                assert answer.status_code == 200, answer.body
+                acknowledged.append((json.loads(answer.body)["id"], text))
+                count += 1
+
+    with ThreadPoolExecutor(people) as pool:
+        talks = [pool.submit(talk, number) for number in range(people)]
+        try:
+            until(lambda: len(acknowledged) > 20 * people, 30, "the load")
+            yield acknowledged
+        finally:
+            over.set()
+        for done in talks:
+            done.result()
+
+
+def fill(path: Path, megabytes: int) -> None:
+    """So many megabytes of messages, so that a copy takes its time."""
+    insert = "INSERT INTO messages (session_id, role, content, created_at) VALUES (1, 'user', ?, '')"
+    with closing(database.connect(path, read_only=False)) as conn:
+        conn.execute("BEGIN")
+        conn.executemany(insert, (("x" * 1000,) for _ in range(megabytes * 1000)))
+        conn.execute("COMMIT")
+
+
+def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
+    tmp_path: Path, openclaw: StandIn, live: Path
+) -> None:
+    """Of a service that writes without a pause, each backup holds every message acknowledged before it began, and
+    never a turn without its reply's row; check passes meanwhile; a service on the restored file serves them."""
+    fill(make(live, "first@example.com"), 40)
+    service = Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent))
+    with service, service.person() as ada:
+        session = ada.session()
+        assert ada.say(session, "kept").status_code == 200
+        with load(service, 6) as acknowledged:
+            for number in range(3):
+                before = dict(acknowledged)
+                done = command("backup", tmp_path / f"{number}.backup")
+                assert done.returncode == DONE, done.stderr
+                assert len(acknowledged) > len(before), "nothing was written during the backup"
+                with closing(sqlite3.connect(tmp_path / f"{number}.backup")) as conn:
+                    rows = dict(conn.execute("SELECT id, status FROM messages WHERE role = 'assistant'").fetchall())
+                    assert {rows[reply] for reply in before} == {"complete"}
+                    texts = {row[0] for row in conn.execute("SELECT content FROM messages WHERE role = 'user'")}
+                    assert texts >= set(before.values())
+                    halves = "SELECT count(*) FROM turns LEFT JOIN messages m ON m.id = message_id WHERE m.id IS NULL"
+                    assert conn.execute(halves).fetchone() == (0,)
+            checked = command("check")
+            assert checked.returncode == DONE, checked.stderr
+        refused = command("restore", tmp_path / "2.backup")
+        assert refused.returncode == RUNS
+        assert f"process {service.pid}" in refused.stderr
+        service.kill()
+        restored = command("restore", tmp_path / "2.backup")
+        assert restored.returncode == DONE, restored.stderr
+        service.start()
+        assert ada.messages(session)[0]["content"] == "kept"
+        assert command("check").returncode == DONE
+
+
+def test_a_frozen_service_still_runs(
+    tmp_path: Path, openclaw: StandIn, live: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A restore is refused while a process of the service is suspended, and leaves nothing behind; another
+    database beside it is nobody's business."""
+    backup = make(tmp_path / "some.backup", "backup@example.com")
+    with Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent)) as service:
+        service.freeze()
+        assert run("restore", backup) == RUNS
+        assert f"process {service.pid}" in capsys.readouterr().err
+        assert run("restore", backup, "--database", tmp_path / "other.db") == DONE
+        service.thaw()
+    assert not [name for name in names(live.parent) if "restor" in name or "replaced" in name]
+    assert run("restore", backup) == DONE
+
+
+def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that it lives, and looks at the file, only when it holds the lock, so that there is no gap between."""
+    make(live, "a@example.com")
+    backup = make(live.parent / "b", "b@example.com")
+    workers, db = Path(f"{live}.workers"), Database(live)
+    living: list[int] = []
+    monkeypatch.setattr(database, "migrate", lambda _: living.append(len(names(workers))))
+    with closing(FileLock(Path(f"{live}.lock"))) as lock:
+        opening = threading.Thread(target=db.open)
+        with lock:
+            opening.start()
+            time.sleep(0.3)
+            assert opening.is_alive()
+            assert not workers.exists()
+        opening.join(30)
+        assert living == [1]
+        assert [path.read_text() for path in workers.iterdir()] == [str(os.getpid())]
+        monkeypatch.undo()
+        assert run("restore", backup, "--database", live) == RUNS
+    db.close()
+    assert run("restore", backup, "--database", live) == DONE
+    assert users(live) == {"b@example.com"}
+
+
+def test_a_service_that_cannot_open_does_not_live(live: Path) -> None:
+    """A start that fails gives its name up, so that the restore which would help is not refused."""
+    live.parent.mkdir()
+    live.write_bytes(b"no database" * 1000)
+    with pytest.raises(errors.Unavailable):
+        Database(live).open()
+    assert run("restore", make(live.parent / "b", "b@example.com")) == DONE
+    assert users(live) == {"b@example.com"}
+
+
+# --- kill -9 ------------------------------------------------------------------------------------------
+
+
+def restore_until(words: list[str], moment: int, counted: "multiprocessing.Queue[int]") -> None:
+    """Runs the command and dies before its call number `moment` into Python's or SQLite's C, or tells how many
+    there were."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        if event == "c_call" and frame.f_code.co_filename == database.__file__:
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+
+    sys.setprofile(count)
+    status = database.main(words)
+    sys.setprofile(None)
+    assert status == DONE
+    counted.put(calls)
+
+
+def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    """Killed before any of its steps, a restore leaves the old database, commits in its -wal included, or the new
+    one; the next restore succeeds and leaves one file of each."""
+    old = make(tmp_path / "old" / "service.db", "old@example.com")
+    conn = database.connect(old, read_only=False)
+    database.insert_user(conn, "wal@example.com", None, "h")
+    new = make(tmp_path / "new.backup", "new@example.com")
+    template = tmp_path / "template"
+    shutil.copytree(old.parent, template, ignore=shutil.ignore_patterns("*-shm"))
+    conn.close()
+    assert (template / "service.db-wal").stat().st_size
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    counted: multiprocessing.Queue[int] = context.Queue()
+    path = tmp_path / "work" / "service.db"
+    words = ["restore", str(new), "--database", str(path)]
+
+    def restore(moment: int) -> int | None:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        shutil.copytree(template, path.parent)
+        process = context.Process(target=restore_until, args=(words, moment, counted))
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    assert restore(-1) == 0
+    total = counted.get(timeout=10)
+    found = []
+    for moment in range(total):
+        assert restore(moment) == -signal.SIGKILL
+        found.append(users(path))
+        assert found[-1] in ({"old@example.com", "wal@example.com"}, {"new@example.com"}), moment
+        assert run(*words) == DONE
+        assert users(path) == {"new@example.com"}
+        kept = [users(copy) for copy in path.parent.glob("*.replaced.backup")]
+        assert kept.count({"old@example.com", "wal@example.com"}) == 1, moment
+        assert {name.rpartition(".")[2] for name in names(path.parent)} == {"db", "backup"}, moment
+    assert len(found) > 20
+    assert found[0] != found[-1]
+
+
+def test_a_backup_that_is_killed_leaves_no_backup(live: Path) -> None:
+    """There is a file of its name only when it is whole; what was left says why the next one is refused."""
+    fill(make(live, "a@example.com"), 30)
+    target = live.parent / "some.backup"
+    process = subprocess.Popen([sys.executable, CHECKOUT / "database.py", "backup", target])
+    partial = live.parent / "some.backup.partial"
+    until(partial.exists, 30, "the backup to begin")
+    process.kill()
+    process.wait()
+    assert not target.exists()
+    refused = command("backup", target)
+    assert refused.returncode == FILE_PROBLEM
+    assert "delete it" in refused.stderr
+    partial.unlink()
+    assert run("backup", target) == DONE
+
+
+# --- what is beside the database ----------------------------------------------------------------------
+
+
+def test_images_and_projects_are_listed_and_missed(
+    tmp_path: Path, openclaw: StandIn, live: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list beside a backup says which image and folder there was, how large; a restore says what of it is gone;
+    nobody but the owner can read either file."""
+    service = Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent))
+    with service, service.person() as ada:
+        project = ada.project()
+        session = ada.session(project)
+        assert ada.say(session, "look", image=PNG).status_code == 200
+        assert ada.say(session, "and this", image=GIF).status_code == 200
+    backup = tmp_path / "some.backup"
+    assert run("backup", backup) == DONE
+    listed = json.loads((tmp_path / "some.backup.files.json").read_text())
+    assert listed["sha256"] == digest(backup)
+    assert listed["rows"]["messages"] == 4
+    sizes = {path.relative_to(live.parent / "images").as_posix(): path.stat().st_size for path in _images(live)}
+    assert {image["file"]: image["bytes"] for image in listed["images"] if image["there"]} == sizes
+    assert len(sizes) == 2
+    readme = Path(project["project_path"], "README.md")
+    assert listed["projects"] == [
+        {"id": project["id"], "path": str(readme.parent), "there": True, "files": 1, "bytes": readme.stat().st_size}
+    ]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("some.backup*")} == {0o600}
+
+    first, second = _images(live)
+    first.unlink()
+    second.write_bytes(b"")
+    readme.unlink()
+    capsys.readouterr()
+    assert run("check") == FAILED
+    assert first.name in capsys.readouterr().out
+    assert run("restore", backup) == DONE
+    said = capsys.readouterr().out
+    assert f"the image {first} is missing\n" in said
+    assert f"the image {second} has another size" in said
+    assert f"the folder {readme.parent} has 0 files, it had 1" in said
+    readme.parent.rmdir()
+    assert run("restore", backup) == DONE
+    assert f"the folder {readme.parent} of project {project['id']} is missing\n" in capsys.readouterr().out
+
+
+def _images(live: Path) -> list[Path]:
+    return sorted((live.parent / "images").glob("*-*/*"))
+
+
+# --- what cannot be restored --------------------------------------------------------------------------
+
+
+def damaged(path: Path) -> None:
+    """A database with a page of zeros in it."""
+    fill(make(path, "x@example.com"), 1)
+    execute(path)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 4096 // 2 * 4096)
+        file.write(bytes(4096))
+
+
+def garbage(path: Path) -> None:
+    """No database."""
+    path.write_bytes(b"this is a text and no database" * 1000)
+
+
+def foreign(path: Path) -> None:
+    """Somebody else's database."""
+    execute(path, "CREATE TABLE cookies (name TEXT)")
+
+
+def empty(path: Path) -> None:
+    """A file without a byte, which SQLite takes for a database without tables."""
+    path.touch()
+
+
+def newer(path: Path) -> None:
+    """A database of code that is to come."""
+    execute(make(path, "x@example.com"), "PRAGMA user_version=999")
+
+
+def torn(path: Path) -> None:
+    """A database in which a row refers to nothing."""
+    execute(make(path, "x@example.com"), "PRAGMA foreign_keys=OFF", "DELETE FROM users")
+
+
+def altered(path: Path) -> None:
+    """A backup that somebody wrote to."""
+    make(path.parent / "from.db", "x@example.com")
+    assert run("backup", path, "--database", path.parent / "from.db") == DONE
+    execute(path, "UPDATE users SET email = 'y@example.com'")
+
+
+def badly_listed(path: Path) -> None:
+    """A backup whose list was cut."""
+    make(path, "x@example.com")
+    Path(f"{path}.files.json").write_text('{"sha256":')
+
+
+@pytest.mark.parametrize("spoil", [damaged, garbage, foreign, empty, newer, torn, altered, badly_listed])
+def test_what_is_unfit_is_not_restored(
+    tmp_path: Path, live: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
+) -> None:
+    """A file that fails a check is refused with exit status 1 and its name, and the database stays as it is."""
+    make(live, "a@example.com")
+    spoil(tmp_path / "unfit")
+    before, beside = digest(live), names(live.parent)
+    assert run("restore", tmp_path / "unfit") == FAILED
+    assert "unfit" in capsys.readouterr().err
+    assert (digest(live), names(live.parent)) == (before, beside)
+    assert run("restore", tmp_path / "unfit", "--database", tmp_path / "none.db") == FAILED
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_files_in_the_way_are_left(tmp_path: Path, live: Path) -> None:
+    """What is not there, is there already, is the database itself or does not fit on the disk is exit status 4, and
+    changes nothing."""
+    fill(make(live, "a@example.com"), 2)
+    execute(live)
+    backup, taken = tmp_path / "some.backup", tmp_path / "taken"
+    assert run("backup", backup) == DONE
+    taken.write_text("mine")
+    before, beside, around = digest(live), names(live.parent), names(tmp_path)
+    limit = "ulimit -f 1000"
+    for words, shell in (
+        (("backup", taken), ""),
+        (("backup", tmp_path / "nowhere" / "file"), ""),
+        (("backup", tmp_path / "none", "--database", tmp_path / "none.db"), ""),
+        (("backup", tmp_path / "large"), limit),
+        (("restore", tmp_path / "nowhere"), ""),
+        (("restore", tmp_path), ""),
+        (("restore", live), ""),
+        (("restore", backup), limit),
+        (("check", "--database", tmp_path / "none.db"), ""),
+    ):
+        done = command(*words, shell=shell)
+        assert done.returncode == FILE_PROBLEM, (words, done.stderr)
+        assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr
+        assert (digest(live), names(live.parent), names(tmp_path)) == (before, beside, around), words
+    assert taken.read_text() == "mine"
+
+
+def test_wrong_words_and_settings_are_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They end with exit status 2 and what is wrong; --help names every exit status."""
+    for words in ((), ("backup",), ("restore", "a", "b"), ("check", "now")):
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        assert ended.value.code == USAGE
+    monkeypatch.setenv("TOKEN_TTL", "soon")
+    with pytest.raises(SystemExit) as ended:
+        run("check")
+    assert ended.value.code == USAGE
+    assert "TOKEN_TTL" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        run("--help")
+    assert ended.value.code == DONE
+    said = capsys.readouterr().out
+    assert all(f"\n  {status}  " in said for status in (DONE, FAILED, USAGE, RUNS, FILE_PROBLEM))
+
+
+def test_another_program_is_not_overrun(tmp_path: Path, live: Path) -> None:
+    """While a shell has the database open, a restore is refused with exit status 3 and leaves it as it is."""
+    make(live, "a@example.com")
+    backup = make(tmp_path / "some.backup", "b@example.com")
+    with closing(sqlite3.connect(live)) as shell:
+        assert shell.execute("SELECT count(*) FROM users").fetchone() == (1,)
+        assert run("restore", backup) == RUNS
+    assert users(live) == {"a@example.com"}
+    assert not [name for name in names(live.parent) if "restor" in name or "replaced" in name]
+
+
+# --- what can be --------------------------------------------------------------------------------------
+
+
+def test_the_replaced_database_is_kept(tmp_path: Path, live: Path) -> None:
+    """It lies beside under a name of its own, and can be restored in turn; owner and mode stay as they were."""
+    make(live, "old@example.com").chmod(0o640)
+    assert run("restore", make(tmp_path / "some.backup", "new@example.com")) == DONE
+    assert users(live) == {"new@example.com"}
+    assert live.stat().st_mode & 0o777 == 0o640
+    (kept,) = live.parent.glob("service.db.*.replaced.backup")
+    assert run("restore", kept) == DONE
+    assert users(live) == {"old@example.com"}
+
+
+def test_a_damaged_database_is_moved_along_with_its_wal(tmp_path: Path, live: Path) -> None:
+    """What SQLite cannot close is kept byte by byte, and nothing of it is played into the restored one."""
+    make(live, "old@example.com")
+    with closing(database.connect(live, read_only=False)) as conn:
+        database.insert_user(conn, "wal@example.com", None, "h")
+        wal = Path(f"{live}-wal").read_bytes()
+    garbage(live)
+    Path(f"{live}-wal").write_bytes(wal)
+    assert run("check") == FAILED
+    assert run("backup", tmp_path / "no.backup") == FAILED
+    before = digest(live)
+    assert run("restore", make(tmp_path / "some.backup", "new@example.com")) == DONE
+    assert users(live) == {"new@example.com"}
+    (kept,) = live.parent.glob("service.db.*.replaced.backup")
+    assert digest(kept) == before
+    assert Path(f"{kept}-wal").read_bytes() == wal
+
+
+def test_a_database_with_a_wal_is_restored_whole(tmp_path: Path, live: Path) -> None:
+    """A file that is no backup but a database as a crash left it comes with what its -wal holds, and is not touched."""
+    source = make(tmp_path / "from" / "a.db", "a@example.com")
+    with closing(database.connect(source, read_only=False)) as conn:
+        database.insert_user(conn, "wal@example.com", None, "h")
+        shutil.copytree(source.parent, tmp_path / "crashed")
+    crashed = tmp_path / "crashed" / "a.db"
+    before, beside = digest(crashed), names(crashed.parent)
+    assert run("restore", crashed) == DONE
+    assert users(live) == {"a@example.com", "wal@example.com"}
+    assert (digest(crashed), names(crashed.parent)) == (before, beside)
+
+
+def test_a_database_of_before_migrations_is_backed_up_and_restored(tmp_path: Path, live: Path) -> None:
+    """Orphans and all, byte for byte as it was; the next start migrates what was restored."""
+    old = tmp_path / "legacy.db"
+    build(old)
+    before = digest(old)
+    assert run("backup", tmp_path / "some.backup", "--database", old) == DONE
+    assert run("check", "--database", old) == DONE
+    assert digest(old) == before
+    assert run("restore", tmp_path / "some.backup") == DONE
+    db = Database(live)
+    db.open()
+    db.close()
+    assert users(live) == {None, "Ada@Example.com", "bob@example.com"}
+    with closing(sqlite3.connect(live)) as conn:
+        assert conn.execute("SELECT content FROM orphaned_messages").fetchall() == [("orphan",), ("orphan reply",)]
+
+
+@pytest.mark.parametrize("spoil", [damaged, garbage, foreign, empty, newer, torn])
+def test_check_finds_what_is_wrong_and_changes_nothing(live: Path, spoil: Callable[[Path], None]) -> None:
+    """Exit status 1, and the file stays as it was; what fails it, but for a newer schema, is not backed up."""
+    live.parent.mkdir()
+    spoil(live)
+    before = digest(live)
+    assert run("check") == FAILED
+    assert run("backup", live.parent / "some.backup") == (DONE if spoil is newer else FAILED)
+    assert digest(live) == before
+    assert (live.parent / "some.backup").exists() == (spoil is newer)
+
+
+def test_check_says_what_is_there(live: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Schema version and rows go to the standard output, progress elsewhere; a missing image is exit status 1."""
+    make(live, "a@example.com", "b@example.com")
+    execute(live, "INSERT INTO message_images (message_id, file) VALUES (1, 'some/image.png')")
+    image = live.parent / "images" / "some" / "image.png"
+    assert run("check") == FAILED
+    assert "missing image: some/image.png" in capsys.readouterr().out
+    image.parent.mkdir(parents=True)
+    image.touch()
+    assert run("check") == DONE
+    said = capsys.readouterr()
+    assert f"schema version: {len(database.MIGRATIONS)}\n" in said.out
+    assert "users 2" in said.out
+    assert said.err.startswith("checking service.db")
