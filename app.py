@@ -1,24 +1,24 @@
 """How the rooms meet: `create_app`, what is opened and closed with it, the one map from error to status, health."""
 
 import asyncio
+import hmac
 import logging
 import re
 import sqlite3
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,8 +36,9 @@ import gateway
 import image_handler
 import project_manager
 import settings as environment
+import telemetry
 from settings import Settings
-from turns import OpenParts, Parts, Turns
+from turns import FINAL, OpenParts, Parts, Turns
 
 VERSION = "1.0.0"
 MAX_BODY = 32 * 1024 * 1024  # bytes: 20 MB of images, as base64, and the words beside them
@@ -46,7 +47,9 @@ CHECK_CHECKOUT_EVERY = 2  # seconds
 DECODING = 2  # messages whose pictures are decoded at once
 
 log = logging.getLogger("clawd.app")
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+# Headers of a request that came to this machine from elsewhere, or that a browser sends for a web page.
+SPEAKS_FOR_OTHERS = frozenset({"forwarded", "x-real-ip", "via", "origin"})
 
 # The one map from error to status: the nearest class counts.
 STATUSES: dict[type[errors.AppError], int] = {
@@ -161,16 +164,18 @@ class State(TypedDict):
     parts: Parts
     identity: auth.Identity
     origin: Origin
+    metrics: telemetry.Metrics
 
 
 # --- what goes around every request -------------------------------------------------------------------
 
 
 class RequestLog:
-    """Gives every request an id, which its response and its log lines carry, and logs how it went."""
+    """Gives every request an id, which its response and its log lines carry; logs and counts how it went."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: telemetry.Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -179,7 +184,7 @@ class RequestLog:
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         name = sent if re.fullmatch(r"[\x21-\x7e]{1,128}", sent) else uuid.uuid4().hex
-        request_id.set(name)
+        telemetry.begin_request(name)
         started, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -192,10 +197,19 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if scope["path"].startswith("/health") else logging.INFO
-            took = (time.perf_counter() - started) * 1000
-            path = scope["raw_path"].decode("ascii", "replace")  # as it was sent: no line break gets into the log
-            log.log(level, "%s %s %d %.1f ms", scope["method"], path, status, took)
+            self._metrics.count_request(scope["method"], getattr(scope.get("route"), "path", "unmatched"), status)
+            _log_request(scope, status, (time.perf_counter() - started) * 1000)
+
+
+def _log_request(scope: Scope, status: int, took: float) -> None:
+    quiet = scope["path"].startswith("/health") or (scope["path"] == "/metrics" and status == 200)
+    path = scope["raw_path"].decode("ascii", "replace")  # as it was sent: no line break gets into the log
+    log.log(
+        logging.DEBUG if quiet else logging.INFO,
+        "%s %s %d %.1f ms",
+        *(scope["method"], path, status, took),
+        extra={"duration_ms": round(took, 1)},
+    )
 
 
 def _short_of_traceback(send: Send) -> Send:
@@ -298,38 +312,19 @@ async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse
     return JSONResponse({"detail": detail, "code": "invalid_request"}, 422)
 
 
-# --- logs ---------------------------------------------------------------------------------------------
-
-
-class _AddRequestId(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.request_id = request_id.get()
-        return True
-
-
-def _start_logging(level: str) -> None:
-    logger = logging.getLogger("clawd")
-    logger.setLevel(level)
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"))
-        handler.addFilter(_AddRequestId())
-        logger.addHandler(handler)
-        logger.propagate = False
-
-
 # --- the app ------------------------------------------------------------------------------------------
 
 
 def create_app(settings: Settings) -> FastAPI:
     """An app on these settings. Nothing is opened before its lifespan starts."""
+    metrics = telemetry.Metrics(sorted(FINAL))
     app = FastAPI(
         title="clawd-backend",
         version=VERSION,
         description="Many people, each in conversations of their own, with an OpenClaw agent.",
-        lifespan=_lifespan(settings),
+        lifespan=_lifespan(settings, metrics),
         middleware=[
-            Middleware(RequestLog),
+            Middleware(RequestLog, metrics),
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
@@ -358,14 +353,21 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_api_route(
         "/health/ready", read_ready, tags=["health"], response_model=Ready, openapi_extra=errors.raises("not_ready")
     )
+    app.add_api_route(
+        "/metrics",
+        read_metrics,
+        tags=["health"],
+        response_class=PlainTextResponse,
+        openapi_extra=errors.raises("unauthorized"),
+    )
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]  # the way FastAPI documents
     return app
 
 
-def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
+def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        _start_logging(settings.log_level)
+        telemetry.start_logging(settings.log_level, settings.log_format, settings.secrets)
         async with AsyncExitStack() as stack:
             with _needs("DATA_DIR", settings.data):
                 secret = auth.load_secret(settings)
@@ -386,7 +388,7 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
             identity = auth.Identity(settings)
             identity.open(secret)
             stack.callback(identity.close)
-            turns = Turns(db, openclaw, images, settings)
+            turns = Turns(db, openclaw, images, settings, metrics)
             turns.open()
             stack.push_async_callback(turns.close)
             app.state.turns = turns
@@ -399,6 +401,7 @@ def _lifespan(settings: Settings) -> Callable[[FastAPI], Any]:
                 parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns),
                 identity=identity,
                 origin=origin,
+                metrics=metrics,
             )
             log.info("stopping")
 
@@ -502,6 +505,48 @@ async def read_ready(parts: OpenParts) -> Ready:
     if not state.ok:
         raise errors.Unavailable(state.detail, code="not_ready", retry_after=5)
     return Ready(status="ready", detail=state.detail, gateway_version=state.version)
+
+
+# --- metrics ------------------------------------------------------------------------------------------
+
+
+async def read_metrics(request: Request, parts: OpenParts) -> Response:
+    """The metrics in Prometheus' text format, for callers on this machine and whoever has METRICS_TOKEN, which is
+    sent as `Authorization: Bearer <token>`. What the database does not say is left out."""
+    if not _is_local(request) and not _has_metrics_token(request, parts.settings):
+        raise errors.Unauthorized(
+            "The metrics are for callers on this machine. From elsewhere, send the operator's METRICS_TOKEN in the "
+            "header `Authorization: Bearer <token>`."
+        )
+    try:
+        turns = parts.db.read(database.count_turns)
+    except errors.Unavailable:
+        turns = None
+    commits, seconds = parts.db.write_time()
+    runs = cast(Origin, request.state.origin).runs
+    build = {"version": VERSION, "branch": runs.branch, "commit": runs.commit}
+    figures = telemetry.Figures(turns, parts.openclaw.state.ok, commits, seconds, build)
+    return Response(request.state.metrics.render(figures), media_type=telemetry.CONTENT_TYPE)
+
+
+def _is_local(request: Request) -> bool:
+    """Whether the caller is on this machine, and is neither a proxy that speaks for others nor a web page."""
+    if any(name.startswith("x-forwarded-") or name in SPEAKS_FOR_OTHERS for name in request.headers):
+        return False
+    try:
+        address = ip_address(request.client.host if request.client else "")
+    except ValueError:  # a Unix socket
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def _has_metrics_token(request: Request, settings: Settings) -> bool:
+    if settings.metrics_token is None:
+        return False
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    token = settings.metrics_token.get_secret_value()
+    return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())
 
 
 # --- OpenAPI ------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 import database
 import errors
 import file_utils
+import telemetry
 from settings import Settings
 from turns import Body, OpenParts
 
@@ -247,7 +248,6 @@ _bearer = HTTPBearer(auto_error=False, description="The `access_token` of a sign
 
 
 async def _caller(
-    request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     identity: OpenIdentity,
     parts: OpenParts,
@@ -258,7 +258,7 @@ async def _caller(
     user = parts.db.read(database.select_user_by_token, claims.user_id, claims.version, claims.jti)
     if user is None:
         raise _unauthorized()
-    request.state.user_id = user.id
+    telemetry.note(user_id=user.id)
     return Caller(user, claims)
 
 
@@ -342,6 +342,7 @@ async def sign_up(body: SignupIn, identity: OpenIdentity, parts: OpenParts) -> T
     identity.check_signup(body.invite)
     hashed = await identity.passwords.hash(body.password)
     user = await parts.db.write(database.insert_user, body.email, body.name, hashed)
+    telemetry.note(user_id=user.id)
     return identity.token(user)
 
 
@@ -354,6 +355,7 @@ async def log_in(body: LoginIn, request: Request, identity: OpenIdentity, parts:
     better = await identity.passwords.verify(body.password, user and user.password, identity.throttle, who)
     if user is None:  # which no password fits: `verify` has raised
         raise _unauthorized()
+    telemetry.note(user_id=user.id)
     if better and user.password:
         await parts.db.write(database.update_password_hash, user.id, user.password, better)
     return identity.token(user)

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 import database
 import errors
 import image_handler
+import telemetry
 from auth import CurrentUser
 from turns import Body, Id, LiveReply, OpenParts, Parts, Said
 
@@ -236,12 +237,14 @@ async def chat_stream(
 
 async def _begin(body: ChatIn, user: database.User, parts: Parts, key: str | None) -> LiveReply:
     text, sources = _last_message(body)
-    parts.db.read(database.check_chat_session, user.id, body.session_key)  # before any work on its pictures
+    session_id = parts.db.read(database.check_chat_session, user.id, body.session_key)  # before any work on pictures
+    telemetry.note(session_id=session_id)
     images: list[image_handler.Image] = []
     if sources:
         async with parts.decoding:
             images = await asyncio.to_thread(image_handler.decode, sources)
     reply, _ = await parts.turns.begin(user.id, body.session_key, Said(text, images), key)
+    telemetry.note(turn_id=reply.id)
     return reply
 
 
@@ -305,6 +308,7 @@ async def list_messages(
     before: Annotated[int | None, Query(ge=1, le=database.MAX_ID, description="Only older than this id.")] = None,
 ) -> Response:
     """The messages of a session, oldest first."""
+    telemetry.note(session_id=session_id)
     base = parts.settings.public_base_url or str(request.base_url).rstrip("/")
     page = (parts.images, base, user.id, session_id, limit, before)
     small = limit is not None and limit <= SMALL_PAGE
@@ -357,6 +361,7 @@ async def resume_stream(
     ] = 0,
 ) -> Response:
     """A reply's remaining frames from an offset on, live while it runs."""
+    telemetry.note(session_id=session_id, turn_id=message_id)
     if last_event_id is not None and not re.fullmatch("[0-9]{1,18}", last_event_id):
         raise errors.Invalid("Last-Event-ID is the `id` of the last frame that was read: a number.")
     after = int(last_event_id) if last_event_id is not None else start
@@ -370,6 +375,7 @@ async def resume_stream(
 @router.post("/sessions/{session_id}/stop", tags=["messages"], openapi_extra=errors.raises("session_not_found"))
 async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
     """Ends the running turn with what it has, aborts the agent's run, and drops the waiting turns."""
+    telemetry.note(session_id=session_id)
     parts.db.read(database.select_session, user.id, session_id)
     return Stopped(stopped=await parts.turns.stop([session_id]))
 

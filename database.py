@@ -1321,6 +1321,13 @@ def select_stops(conn: Connection, owner: str) -> list[int]:
     )
 
 
+def count_turns(conn: Connection) -> tuple[int, int]:
+    """How many turns run and how many wait, in every process."""
+    running = conn.execute("SELECT count(*) FROM messages WHERE status = 'streaming'").fetchone()
+    waiting = conn.execute("SELECT count(*) FROM messages WHERE status = 'queued'").fetchone()
+    return running[0], waiting[0]
+
+
 def select_owners(conn: Connection) -> list[str]:
     """The workers that run turns, have them waiting, or are about an errand."""
     rows = conn.execute(

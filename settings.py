@@ -36,6 +36,13 @@ def _printable(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _bearer(secret: SecretStr) -> SecretStr:
+    """A token that others present to us. Raises ValueError for one that is short or does not fit into a header."""
+    if not re.fullmatch(r"[\x21-\x7e]{16,}", secret.get_secret_value()):
+        raise ValueError("it needs 16 characters or more, printable ASCII without spaces")
+    return secret
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
@@ -59,6 +66,8 @@ class Settings(BaseSettings):
     token_ttl: int = Field(7 * 86_400, ge=60, le=366 * 86_400)
     signup: SecretStr = Field(SecretStr("open"), max_length=200)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["plain", "json"] = "plain"
+    metrics_token: Annotated[SecretStr, AfterValidator(_bearer)] | None = None
     ping_seconds: float = Field(10, gt=0, le=15)
     drain_seconds: float = Field(5, ge=0, le=3600)
 
@@ -77,6 +86,17 @@ class Settings(BaseSettings):
     @classmethod
     def _upper(cls, value: object) -> object:
         return value.upper() if isinstance(value, str) else value
+
+    @field_validator("log_format", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @property
+    def secrets(self) -> list[str]:
+        """All that no log may say."""
+        kept = (self.clawdbot_token, self.jwt_secret, self.signup, self.metrics_token)
+        return [secret.get_secret_value() for secret in kept if secret is not None]
 
     @property
     def data(self) -> Path:

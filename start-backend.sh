@@ -199,7 +199,7 @@ serve_demo() {
     DB_PATH="$DEMO_DIR/demo.db" DATA_DIR="$DEMO_DIR" PROJECTS_DIR="$DEMO_DIR/projects" \
     CLAWDBOT_BASE_URL="$1" CLAWDBOT_TOKEN="$DEMO_TOKEN" CLAWDBOT_TIMEOUT=600 \
     PUBLIC_BASE_URL="http://$HOST:$PORT" CORS_ORIGINS='*' JWT_SECRET="$DEMO_TOKEN$DEMO_TOKEN" TOKEN_TTL=86400 \
-    SIGNUP=open LOG_LEVEL=WARNING PING_SECONDS=10 DRAIN_SECONDS=1 \
+    SIGNUP=open LOG_LEVEL=WARNING LOG_FORMAT=plain METRICS_TOKEN="$DEMO_TOKEN" PING_SECONDS=10 DRAIN_SECONDS=1 \
     venv/bin/uvicorn app:app --host "$HOST" --port "$PORT" --no-access-log --log-level warning \
     --timeout-graceful-shutdown 2
 }

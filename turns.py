@@ -12,6 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
@@ -27,6 +28,7 @@ import errors
 import file_utils
 import gateway
 import image_handler
+import telemetry
 from database import Database, Errand, Reply, Status
 from settings import Settings
 
@@ -185,11 +187,17 @@ class Turns:
     """The turns of one process, and what they have in common with those of others on the same database."""
 
     def __init__(
-        self, db: Database, openclaw: gateway.Gateway, images: image_handler.ImageStore, settings: Settings
+        self,
+        db: Database,
+        openclaw: gateway.Gateway,
+        images: image_handler.ImageStore,
+        settings: Settings,
+        metrics: telemetry.Metrics,
     ) -> None:
         self._db = db
         self._gateway = openclaw
         self._images = images
+        self._metrics = metrics
         self._projects = settings.projects
         self._drain_seconds = settings.drain_seconds
         self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
@@ -241,8 +249,8 @@ class Turns:
             task.cancel()
         await asyncio.gather(*self._beside, return_exceptions=True)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[object, object, None], context: Context | None = None) -> None:
+        task = asyncio.create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -277,7 +285,7 @@ class Turns:
         if reply is None:
             raise errors.NotFound("The session was deleted meanwhile.", code="session_not_found")
         if reply.status == "streaming" and not begun.existing:
-            self._start(reply, self._ask)
+            self._start(reply, self._ask, asked_here=True)
         elif self.draining:
             await self._db.write(database.release_waiting, self.owner)
         return reply, begun.existing
@@ -296,12 +304,20 @@ class Turns:
 
     # --- running ---
 
-    def _start(self, reply: LiveReply, work: Callable[[LiveReply], Coroutine[object, object, Outcome]]) -> None:
+    def _start(
+        self,
+        reply: LiveReply,
+        work: Callable[[LiveReply], Coroutine[object, object, Outcome]],
+        *,
+        asked_here: bool = False,
+    ) -> None:
         if reply.id not in self._running:
             reply.status = "streaming"
-            running = _Running(reply, asyncio.create_task(work(reply)), (reply.length, None))
+            context = telemetry.turn_context(reply.session_id, reply.id, asked_here=asked_here)
+            task = asyncio.create_task(work(reply), context=context)
+            running = _Running(reply, task, (reply.length, None))
             self._running[reply.id] = running
-            self._spawn(self._see_through(running))
+            self._spawn(self._see_through(running), context)
 
     def _cancel(self, reply_id: int, ending: Outcome) -> None:
         running = self._running.get(reply_id)
@@ -316,9 +332,13 @@ class Turns:
             await self._finish(reply, outcome)
         finally:
             del self._running[reply.id]
+        if reply.is_final:
+            self._metrics.count_turns(reply.status)
+        took = time.monotonic() - started
         log.info(
             "reply %d in session %d is %s: %d characters, %.3f s",
-            *(reply.id, reply.session_id, reply.status, reply.length, time.monotonic() - started),
+            *(reply.id, reply.session_id, reply.status, reply.length, took),
+            extra={"duration_ms": round(took * 1000, 1)},
         )
         await self._claim()
 
@@ -353,6 +373,7 @@ class Turns:
         turn = self._db.read(database.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")  # deleted meanwhile
+        telemetry.note(user_id=turn.user_id)
         files = self._db.read(database.select_image_files, turn.message_id)
         request = gateway.build_request(
             agent_id=turn.agent_id,
@@ -372,10 +393,12 @@ class Turns:
         return [image_handler.content_part(image_handler.Image(*parts)) for parts in read]
 
     async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
-        usage = None
+        usage, asked = None, time.monotonic()
         async with aclosing(self._gateway.stream(request)) as chunks:
             async for text, run_id, usage in chunks:  # noqa: B007 - the last usage counts
                 reply.run_id = run_id
+                if text and not reply.length:
+                    self._metrics.time_first_token(time.monotonic() - asked)
                 reply.append(text)
         return Outcome("complete" if reply.length else "empty", usage)
 
@@ -384,6 +407,7 @@ class Turns:
         turn = self._db.read(database.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")
+        telemetry.note(user_id=turn.user_id)
         known = self._db.read(database.select_known_runs, turn.session_id)
         try:
             found = await self._gateway.finished_reply(
@@ -453,6 +477,7 @@ class Turns:
         """Ends what runs in these sessions, in whichever process, and drops what waits; whether there was
         anything. Returns when it has ended, or after a few seconds where its process does not react."""
         halted = await self._db.write(database.request_stop, session_ids)
+        self._metrics.count_turns("stopped", len(halted.dropped))
         for reply_id in halted.running:
             self._cancel(reply_id, Outcome("stopped"))
         until = time.monotonic() + STOP_WITHIN

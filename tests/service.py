@@ -20,12 +20,14 @@ import httpx
 import pytest
 import uvicorn
 
+import telemetry
 from app import create_app
 from settings import Settings
 
 T = TypeVar("T")
 JSON = dict[str, Any]
 CHECKOUT = Path(__file__).resolve().parents[1]
+NOWHERE = os.open(os.devnull, os.O_WRONLY)
 
 
 def free_port() -> int:
@@ -69,6 +71,8 @@ class Served:
         self._thread.start()
         until(lambda: self._server.started or not self._thread.is_alive(), 20, "the app to start")
         assert self._server.started, "the app did not start"
+        # pytest keeps what is logged, and shows it where a test fails; written to stdout too it gets between the dots.
+        telemetry.start_logging(self.settings.log_level, self.settings.log_format, (), NOWHERE)
         return self
 
     def __exit__(self, *_: object) -> None:

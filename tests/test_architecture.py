@@ -23,7 +23,7 @@ LAYERS = (
     ("auth",),
     ("turns",),
     ("database", "gateway", "image_handler"),
-    ("errors", "settings", "file_utils"),
+    ("errors", "settings", "file_utils", "telemetry"),
 )
 ROOMS = tuple(sorted(name for layer in LAYERS for name in layer if (CHECKOUT / f"{name}.py").exists()))
 BESIDE = {("file_utils", "errors")}  # the one import within a layer
@@ -42,6 +42,7 @@ OWNERS = {
     "PIL": {"image_handler"},
     "pillow_heif": {"image_handler"},
     "uvicorn": {"serve"},
+    "prometheus_client": {"telemetry"},
 }
 LATE = {("serve", "uvicorn")}  # a front must run where the requirements are missing or broken
 FRAMEWORK = {"fastapi", "starlette", "pydantic"}

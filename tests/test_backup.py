@@ -190,7 +190,7 @@ def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: p
     backup = make(live.parent / "b", "b@example.com")
     workers, db = Path(f"{live}.workers"), Database(live)
     living: list[int] = []
-    monkeypatch.setattr(database, "migrate", lambda _: living.append(len(names(workers))))
+    monkeypatch.setattr(database, "migrate", lambda *_: living.append(len(names(workers))))
     with closing(FileLock(Path(f"{live}.lock"))) as lock:
         opening = threading.Thread(target=db.open)
         with lock:

@@ -237,6 +237,7 @@ ROUTES = (
     ),
     Route("GET", "/health", HEALTH, public=True),
     Route("GET", "/health/ready", READY, codes="not_ready", public=True),
+    Route("GET", "/metrics", "text/plain", codes="unauthorized", public=True),
 )
 OWNED = [route for route in ROUTES if route.missing]
 PRIVATE = [route for route in ROUTES if not route.public]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 import settings
 from settings import Settings
@@ -27,6 +28,8 @@ DEFAULTS: JSON = {
     "jwt_secret": None,
     "signup": "open",
     "log_level": "INFO",
+    "log_format": "plain",
+    "metrics_token": None,
 }
 SHOW = """
 import json, sys
@@ -161,6 +164,8 @@ def test_a_path_may_be_relative(
         ("TOKEN_TTL", "60", 60),
         ("LOG_LEVEL", "debug", "DEBUG"),
         ("LOG_LEVEL", "Warning", "WARNING"),
+        ("LOG_FORMAT", "JSON", "json"),
+        ("METRICS_TOKEN", "x" * 16, SecretStr("x" * 16)),
     ],
 )
 def test_a_right_value_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: object) -> None:
@@ -194,6 +199,11 @@ WRONG = (
     *(("JWT_SECRET", secret) for secret in ("short", "x" * 31)),
     *(("TOKEN_TTL", number) for number in ("0", "59", "-1", "1.5", "soon", "1e3", "9999999999")),
     *(("LOG_LEVEL", level) for level in ("TRACE", "0", "INFO,DEBUG")),
+    *(("LOG_FORMAT", form) for form in ("text", "plain,json")),
+    *(
+        ("METRICS_TOKEN", token)
+        for token in ("t" * 15, "a token with spaces in it", "tökentökentökentöken", "\x7f" * 16)
+    ),
     ("SIGNUP", "x" * 201),  # a longer invite than a sign-up may carry
     ("PROJECTS_DIR", "~nobody-of-that-name/x"),
 )
@@ -208,7 +218,7 @@ def test_a_wrong_value_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: st
     said = str(stopped.value.code)
     assert name in said
     assert len(said.splitlines()) == 1
-    assert name not in ("JWT_SECRET", "CLAWDBOT_TOKEN", "SIGNUP") or value not in said
+    assert name not in ("JWT_SECRET", "CLAWDBOT_TOKEN", "SIGNUP", "METRICS_TOKEN") or value not in said
 
 
 def test_every_wrong_value_is_named_at_once(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +279,7 @@ def test_settings_show_no_secret_and_do_not_change(monkeypatch: pytest.MonkeyPat
         "CLAWDBOT_TOKEN": "the-token",
         "JWT_SECRET": "the-secret-that-signs-all-the-tokens",
         "SIGNUP": "the-invite",
+        "METRICS_TOKEN": "the-token-of-the-metrics",
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
