@@ -31,6 +31,7 @@ CHECKOUT = Path(__file__).resolve().parent
 PYTHON = str(CHECKOUT / "venv/bin/python")
 BACKLOG = 2048  # connections that wait while a worker is being replaced
 PIPE_SIZE = 1024 * 1024  # bytes of log that a worker can write while no front reads
+LONGEST_LINE = 1024 * 1024  # bytes; a longer one is passed on in pieces
 START_WITHIN = 300  # seconds for a worker's start: it may have to migrate a large database
 SUCCESSOR_WITHIN = 3  # seconds that a worker waits for the next front after PM2 ended the one before
 REVIVAL_WITHIN = 30  # the same after a front that died: PM2 starts it again
@@ -42,7 +43,8 @@ FINISH_WITHIN = 1  # seconds that requests have to end once the turns have
 RETRY_AT_MOST = 30  # seconds between two tries to start a worker where none serves
 PAUSE = 3  # seconds before a front whose first worker did not start gives up, and PM2 starts the next
 PORT_TAKEN = 4  # exit status
-FOR_GOOD = (2, 3, PORT_TAKEN)  # exit statuses of `start-backend.sh` after which another try is of no use
+UNUSABLE = 5  # exit status
+FOR_GOOD = (2, 3, PORT_TAKEN, UNUSABLE)  # exit statuses of `start-backend.sh` after which another try is of no use
 
 
 def _log(message: str) -> None:
@@ -101,18 +103,18 @@ class Front:
     def __init__(self, host: str, port: int, prepare: Sequence[str], pm2: int | None) -> None:
         """`prepare` is the command that checks the branch and refreshes `venv/`, called with `--prepare` or,
         where nothing runs yet and the port must be free, with `--check`. `pm2` is the file descriptor of PM2's
-        channel, where there is one."""
+        channel, where there is one. Raises OSError where the directory of the port cannot be used."""
         self._host = host
         self._port = port
         self._prepare = prepare
         self._pm2 = pm2
         self._parent = os.getppid()
         self._directory = run_directory(port)
+        self._lock = os.open(self._directory / "front.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._selector = selectors.DefaultSelector()
         self._generations: list[Generation] = []
         self._serving: Generation | None = None
         self._listener: socket.socket | None = None
-        self._lock = -1
         self._status = 1  # to end with where nothing serves
 
     def run(self) -> int:
@@ -152,7 +154,6 @@ class Front:
 
     def _take_lock(self) -> None:
         """Makes this front the only one of its port. The kernel frees the lock when its process ends."""
-        self._lock = os.open(self._directory / "front.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         until = time.monotonic() + SUCCESSOR_WITHIN
         while True:
             try:
@@ -241,6 +242,9 @@ class Front:
             while written := os.read(generation.log, 65536):
                 lines, end, generation.unfinished = (generation.unfinished + written).rpartition(b"\n")
                 _write(lines + end)
+                if len(generation.unfinished) > LONGEST_LINE:
+                    _write(generation.unfinished)
+                    generation.unfinished = b""
         except BlockingIOError:
             return
         self._selector.unregister(generation.log)  # its end: nobody writes there any more
@@ -632,10 +636,15 @@ def main() -> int:
     if options.front:
         if options.pm2 is not None:
             os.set_inheritable(options.pm2, False)  # it is the front's alone
-        return Front(options.host, options.port, ["bash", options.front], options.pm2).run()
+        try:
+            front = Front(options.host, options.port, ["bash", options.front], options.pm2)
+        except OSError as error:
+            _log(f"{error.filename} cannot be used: {error.strerror}; it must belong to the user who runs this")
+            return UNUSABLE
+        return front.run()
     if options.worker:
-        front, listener, log = map(int, options.worker.split(","))
-        worker: Worker = GuardedWorker(options.port, socket.socket(fileno=front), socket.socket(fileno=listener), log)
+        channel, listener, log = map(int, options.worker.split(","))
+        worker: Worker = GuardedWorker(options.port, socket.socket(fileno=channel), socket.socket(fileno=listener), log)
     else:
         worker = Worker(listen(options.host, options.port))
     return 0 if worker.run() else 1

@@ -307,6 +307,13 @@ def test_a_port_of_a_stranger_is_said_with_its_holder(front: Start, checkout: Ch
     assert f"Port {checkout.port} cannot be had: address already in use, by process {os.getpid()}" in output(checkout)
 
 
+def test_a_directory_of_somebody_else_is_said(front: Start, checkout: Checkout) -> None:
+    """Where fronts and workers cannot meet, the front says so and ends for good."""
+    (checkout.path / "run").write_text("")
+    assert front().wait(15) == 5
+    assert "run/" in output(checkout) and "cannot be used" in output(checkout)
+
+
 def test_a_first_start_that_fails_is_tried_again_in_peace(front: Start, checkout: Checkout) -> None:
     """Where nothing serves yet the front says why and ends, after a pause that keeps PM2 from spinning."""
     checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport nowhere\n")
