@@ -421,12 +421,12 @@ class Worker:
 
     async def _serve(self) -> None:
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
+        await asyncio.sleep(0)  # it installs its own handlers of signals first, which end turns without a word
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
         while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn tells by this alone
             await asyncio.sleep(0.02)
-        if self._server.started:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self.stop)
+        if self._server.started and not self._stopping:
             self.on_ready()
         await serving
 
@@ -462,8 +462,12 @@ class Worker:
 
     def stop(self) -> None:
         """Ends in order: running turns have `DRAIN_SECONDS`. The second time, at once."""
+        if self._stopping and not self._server.started:
+            os._exit(1)
         if self._stopping:
-            self._server.should_exit = self._server.force_exit = True
+            self._server.force_exit = True
+        if self._stopping or not self._server.started:
+            self._stopping = self._server.should_exit = True
             return
         self._stopping = True
         self._close_listener()

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
@@ -1138,15 +1139,22 @@ def test_a_new_project_has_its_folder(ada: Person, served: Served) -> None:
     assert "About roses" in ada.http.get(f"{path}/README.md").json()["content"]
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", PROJECT_ID + "/files"), ("GET", FILE), ("PUT", FILE)], ids=["list", "read", "write"]
-)
-def test_a_project_of_old_has_no_folder(method: str, path: str, scene: Scene, served: Served, document: JSON) -> None:
-    """One that was made before there were folders: no such file, as the document says."""
-    spoil(served, "UPDATE projects SET project_path = '' WHERE id = ?", scene.project["id"])
-    response = send(scene.person.http, Route(method, path, None, body={"content": ""}), scene.names)
-    assert (response.status_code, response.json()["code"]) == (404, "file_not_found")
-    assert not undocumented(response, document)
+def test_a_project_of_old_gets_a_folder_with_its_first_file(ada: Person, served: Served) -> None:
+    """One that was made before there were folders has no files, and becomes like any other when one is written."""
+    project = ada.project("Of old")
+    spoil(served, "UPDATE projects SET project_path = '' WHERE id = ?", project["id"])
+    path = f"/projects/{project['id']}/files"
+    assert ada.http.get(path).json() == []
+    missing = ada.http.get(f"{path}/a.txt")
+    assert (missing.status_code, missing.json()["code"]) == (404, "file_not_found")
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: ada.http.put(f"{path}/{n}.txt", json={"content": str(n)}), range(4)))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    names = [node["name"] for node in ada.http.get(path).json()]
+    assert names == ["0.txt", "1.txt", "2.txt", "3.txt", "README.md"]
+    folder = Path(ada.http.get(f"/projects/{project['id']}").json()["project_path"])
+    others = set(served.settings.projects.glob("Of_old*")) - {folder, Path(project["project_path"])}
+    assert not others, "what two requests at once made beside it is gone"
 
 
 def test_a_session_is_what_it_was_asked_to_be(ada: Person) -> None:

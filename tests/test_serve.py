@@ -131,6 +131,22 @@ def test_a_second_signal_ends_it_at_once(start: Start, checkout: Checkout) -> No
         assert process.wait(10) == 0
 
 
+def test_a_signal_during_the_start_ends_it(start: Start, checkout: Checkout) -> None:
+    """Ctrl-C before it serves ends it as soon as it has started, a second one at once."""
+    opening = "        async with AsyncExitStack"
+    checkout.edit("app.py", opening, f'        print("begun", flush=True)\n        await asyncio.sleep(3)\n{opening}')
+    process = start()
+    until(lambda: "begun" in output(checkout), 20, "the start")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) == 0
+    again = start()
+    until(lambda: output(checkout).count("begun") == 2, 20, "the start")
+    for _ in range(2):
+        again.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert again.wait(2) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [
