@@ -381,18 +381,19 @@ _LEGACY = {
 }
 _NUMBERS = {"user_id", "project_id", "session_id", "archived"}
 _TIMES = {"created_at", "updated_at", "last_used_at"}
+_UNIQUE = {"email", "session_key"}
 _BATCH = 50_000  # rows that are copied at once
 _TELL_EVERY = 2.0  # seconds between two lines on long work
 
 
 def _time(column: str) -> str:
     """SQL for a time of old as the contract writes it, NULL where it cannot be read: text in UTC or with an
-    offset, or unix seconds or milliseconds."""
-    seconds = f"CASE WHEN abs({column}) > 100000000000 THEN {column} / 1000.0 ELSE {column} END"
+    offset, or unix seconds or milliseconds. SQLite alone would read `now` and `12:30` too, which are no instants."""
+    seconds = f"CASE WHEN {column} BETWEEN -100000000000 AND 100000000000 THEN {column} ELSE {column} / 1000.0 END"
     form = "'%Y-%m-%dT%H:%M:%fZ'"
     return (
         f"CASE WHEN typeof({column}) IN ('integer', 'real') THEN strftime({form}, {seconds}, 'unixepoch') "
-        f"ELSE strftime({form}, {column}) END"
+        f"WHEN {column} LIKE '____-__-__%' THEN strftime({form}, {column}) END"
     )
 
 
@@ -453,7 +454,7 @@ _REPLACE = (
             "DELETE FROM sqlite_sequence WHERE name = 'new_{0}'",
             """INSERT INTO sqlite_sequence (name, seq) SELECT 'new_{0}', max(
                coalesce((SELECT max(id) FROM {0}), 0),
-               coalesce((SELECT max(seq) FROM sqlite_sequence WHERE name = '{0}'), 0))""",
+               coalesce((SELECT max(seq) FROM sqlite_sequence WHERE lower(name) = '{0}'), 0))""",
             "DROP TABLE {0}",
             "ALTER TABLE new_{0} RENAME TO {0}",
         )
@@ -509,9 +510,10 @@ class _Progress:
 def adopt(conn: Connection, keep_image: KeepImage) -> None:
     """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
     conn.execute(_KEPT)
-    existing = {row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    existing = {row[0].lower() for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     for table, columns in _LEGACY.items():
         _complete_table(conn, table, columns, existing)
+    _make_paths_absolute(conn)
     for statement in (*_TABLES, *_COPIES):
         conn.execute(statement)
     total, done = _count(conn, "messages"), 0
@@ -550,21 +552,33 @@ def _complete_table(conn: Connection, table: str, columns: dict[str, str], exist
     if table not in existing:
         conn.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY AUTOINCREMENT)")
     for (trigger,) in conn.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,)
+        "SELECT name FROM sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = ?", (table,)
     ).fetchall():
+        log.info("the trigger %s on %s goes; the copy beside has it", trigger, table)
         conn.execute(f"DROP TRIGGER {_quoted(trigger)}")
-    found = {row[1] for row in conn.execute(f"PRAGMA table_info({table})")}
+    found = [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
+    known = {name.lower() for name in found}  # SQLite does not tell `Image` from `image`
     for column, default in columns.items():
-        if column not in found:
+        if column not in known:
             conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
         if default != "NULL":
             conn.execute(f"UPDATE {table} SET {column} = {default} WHERE {column} IS NULL")
         if column in _TIMES:
             _keep_values(conn, table, column, f"{_time(column)} IS NULL")
-    for column in found - columns.keys() - {"id"}:
-        _keep_values(conn, table, column, "1")
+    for column in found:
+        if column.lower() not in (*columns, "id"):
+            _keep_values(conn, table, column, "1")
     if table != "messages":  # whose texts are looked at in batches
         _mend_texts(conn, table, [column for column in columns if _is_text(column)], -MAX_ID, MAX_ID)
+
+
+def _make_paths_absolute(conn: Connection) -> None:
+    """A relative path of old began where the service ran: at the checkout. What it was is kept."""
+    relative = "project_path <> '' AND project_path NOT LIKE '/%'"
+    _keep_values(conn, "projects", "project_path", relative)
+    conn.execute(
+        f"UPDATE projects SET project_path = ? || '/' || project_path WHERE {relative}", (str(settings.CHECKOUT),)
+    )
 
 
 def _quoted(name: str) -> str:
@@ -574,7 +588,7 @@ def _quoted(name: str) -> str:
 
 def _keep_values(conn: Connection, table: str, column: str, condition: str) -> None:
     conn.execute(
-        f"INSERT INTO legacy_values SELECT '{table}', id, ?, {_quoted(column)} FROM {table} "
+        f"INSERT OR IGNORE INTO legacy_values SELECT '{table}', id, ?, {_quoted(column)} FROM {table} "
         f"WHERE {_quoted(column)} IS NOT NULL AND {condition}",
         (column,),
     )
@@ -595,8 +609,11 @@ def _mend_texts(conn: Connection, table: str, columns: Sequence[str], after: int
     finally:
         conn.text_factory = str
     for row_id, column, value in wrong:
+        text = value.decode(errors="replace")
+        if column in _UNIQUE and not _is_utf8(value):
+            text += f"-{row_id}"  # what cannot be read looks all alike
         conn.execute("INSERT INTO legacy_values VALUES (?, ?, ?, ?)", (table, row_id, column, value))
-        conn.execute(f"UPDATE {table} SET {column} = ? WHERE id = ?", (value.decode(errors="replace"), row_id))
+        conn.execute(f"UPDATE {table} SET {column} = ? WHERE id = ?", (text, row_id))
 
 
 def _is_utf8(value: object) -> bool:
@@ -643,6 +660,10 @@ def _adopt_images(conn: Connection, keep_image: KeepImage) -> tuple[int, int]:
 MIGRATIONS: tuple[Callable[[Connection, KeepImage], None], ...] = (adopt,)
 
 
+# The tables of ours that refer to others. What a stranger's table refers to is its own affair.
+_REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
+
+
 def email_key(email: str | None) -> str | None:
     """What two spellings of one e-mail have in common."""
     return email and unicodedata.normalize("NFC", email).casefold()
@@ -655,32 +676,47 @@ def migrate(path: Path, keep_image: KeepImage | None = None) -> None:
     Raises errors.Unavailable, and leaves the file as it is, where it is newer than this code, damaged, or no
     database.
     """
-    conn = sqlite3.connect(path, isolation_level=None)
-    conn.create_function("email_key", 1, email_key, deterministic=True)
     try:
-        version = int(conn.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(MIGRATIONS):
-            raise errors.Unavailable(
-                f"{path} has schema version {version}, this code knows {len(MIGRATIONS)}: "
-                "start the newer code, or restore a backup made before it.",
-                code="database_unavailable",
-            )
-        used = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if used and version < len(MIGRATIONS):
-            _check_integrity(conn, path)
+        with closing(_connect_to_look(path)) as conn:
+            version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+            if version > len(MIGRATIONS):
+                raise errors.Unavailable(
+                    f"{path} has schema version {version}, this code knows {len(MIGRATIONS)}: "
+                    "start the newer code, or restore a backup made before it.",
+                    code="database_unavailable",
+                )
+            old = version < len(MIGRATIONS) and _count(conn, "sqlite_master") > 0
+            if old:
+                _check_integrity(conn, path)
+        if version < len(MIGRATIONS):
+            _walk_up(path, version, old, keep_image or (lambda _key, _image: None))
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            message = f"{path} cannot be opened as a database: {error}. {_RESTORE}"
+        else:
+            message = f"{path} cannot be opened, or brought to this code's schema: {error}. It is as it was."
+        raise errors.Unavailable(message, code="database_unavailable") from error
+
+
+_RESTORE = "Where it is damaged, restore a backup: python database.py restore FILE"
+
+
+def _connect_to_look(path: Path) -> Connection:
+    """A connection that changes nothing: one that may write plays what a crash left in the -wal into the file."""
+    if path.exists() and path.with_name(path.name + "-wal").exists():
+        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    return sqlite3.connect(path, isolation_level=None)
+
+
+def _walk_up(path: Path, version: int, old: bool, keep_image: KeepImage) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        conn.create_function("email_key", 1, email_key, deterministic=True)
+        if old:
             _copy_beside(conn, path, version)
         conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for as long as this takes
         conn.execute("PRAGMA legacy_alter_table=ON")  # a view on the tables of old must not be in the way
         for number in range(version, len(MIGRATIONS)):
-            _apply(conn, MIGRATIONS[number], number + 1, keep_image or (lambda _key, _image: None))
-    except sqlite3.DatabaseError as error:
-        message = f"{path} cannot be opened as a database: {error}. {_RESTORE}"
-        raise errors.Unavailable(message, code="database_unavailable") from error
-    finally:
-        conn.close()
-
-
-_RESTORE = "Where it is damaged, restore a backup: python database.py restore FILE"
+            _apply(conn, MIGRATIONS[number], number + 1, keep_image)
 
 
 def _check_integrity(conn: Connection, path: Path) -> None:
@@ -715,8 +751,9 @@ def _apply(
     conn.execute("BEGIN IMMEDIATE")
     try:
         migration(conn, keep_image)
-        if conn.execute("PRAGMA foreign_key_check").fetchone():
-            raise sqlite3.IntegrityError("a row refers to one that is not there")
+        for table in _REFERRING:
+            if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
+                raise sqlite3.IntegrityError(f"a row of {table} refers to one that is not there")
         conn.execute(f"PRAGMA user_version={version:d}")
         conn.execute("COMMIT")
     finally:
@@ -901,7 +938,7 @@ _CLOSED = "(coalesce(u.email, '') = '' OR coalesce(u.password, '') = '')"
 def claim_projects(conn: Connection, user_id: int, email: str) -> int:
     """Gives the projects of an account that nobody can sign into to the account of an e-mail; how many.
 
-    Raises errors.Invalid where there is no such account, or somebody can sign into it.
+    Raises errors.Invalid where there is no such account, somebody can sign into it, or nobody into the heir's.
     """
     row = conn.execute(f"SELECT {_CLOSED} FROM users u WHERE u.id = ?", (user_id,)).fetchone()
     heir = select_user_by_email(conn, email)
@@ -910,6 +947,8 @@ def claim_projects(conn: Connection, user_id: int, email: str) -> int:
         raise errors.Invalid(f"There is not {missing}.")
     if not row[0] or heir.id == user_id:
         raise errors.Invalid(f"Somebody can sign in as user {user_id}: what is theirs cannot be claimed.")
+    if not heir.password:
+        raise errors.Invalid(f"Nobody can sign in as {email} either: it has no password.")
     return conn.execute("UPDATE projects SET user_id = ? WHERE user_id = ?", (heir.id, user_id)).rowcount
 
 

@@ -514,7 +514,7 @@ class Turns:
     async def _do(self, errand: Errand) -> None:
         try:
             if errand.kind == "gateway_session":
-                agent_id, session_key = errand.target.rsplit(" ", 1)
+                agent_id, session_key = errand.target.split(" ", 1)  # a key of old may have a space, an agent none
                 await self._gateway.delete_session(agent_id, session_key)
             elif errand.kind == "images":
                 await asyncio.to_thread(self._images.remove_session, errand.target)

@@ -4,11 +4,13 @@ file or the new one."""
 import base64
 import logging
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,24 @@ import database
 import errors
 
 from .legacy import OLD_PASSWORD, adopt, build, images, texts
-from .service import CHECKOUT, Served
+from .service import CHECKOUT, Served, until
+from .stand_in import StandIn
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
 
 
 def rows(path: Path, query: str, *values: object) -> list[Any]:
     """What a query brings."""
     with closing(sqlite3.connect(path)) as conn:
         return conn.execute(query, values).fetchall()
+
+
+def change(path: Path, *statements: str) -> None:
+    """Changes a database of old."""
+    with closing(sqlite3.connect(path)) as conn:
+        for statement in statements:
+            conn.execute(statement)
+        conn.commit()
 
 
 @pytest.fixture
@@ -109,6 +122,88 @@ def test_a_time_keeps_its_instant(path: Path, old: object, new: str) -> None:
     assert rows(path, "SELECT created_at, last_used_at FROM sessions WHERE id = 58") == [(new, new)]
 
 
+@pytest.mark.parametrize("old", ["now", "12:30", "2026-13-40", -(2**63), 10**17])
+def test_what_is_no_instant_is_not_made_one(path: Path, old: object) -> None:
+    """A time that names no moment is kept as it was, and becomes the time of the adoption where there must be one."""
+    build(path)
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute("UPDATE sessions SET created_at = ?, last_used_at = ? WHERE id = 58", (old, old))
+        conn.commit()
+    began = database.now()
+    adopt(path)
+    ((created, used),) = rows(path, "SELECT created_at, last_used_at FROM sessions WHERE id = 58")
+    assert began <= created <= database.now()
+    assert used is None
+    kept = rows(path, "SELECT column_name, value FROM legacy_values WHERE table_name = 'sessions' AND row_id = 58")
+    assert kept == [("created_at", old), ("last_used_at", old)]
+
+
+def test_names_in_another_case(path: Path) -> None:
+    """SQLite does not tell `Messages` from `messages`, so neither does the adoption; no id is used twice either."""
+    build(path, 100)
+    before, pictures = texts(path), len(list(images(path)))
+    change(path, "DROP TRIGGER update_projects_timestamp", "DROP VIEW last_words")
+    for table, column in (("users", "password"), ("messages", "image"), ("sessions", "label")):
+        change(
+            path,
+            f"ALTER TABLE {table} RENAME COLUMN {column} TO {column.title()}",
+            f"ALTER TABLE {table} RENAME TO passing",
+            f"ALTER TABLE passing RENAME TO {table.title()}",
+        )
+    change(path, "CREATE TRIGGER stamp AFTER UPDATE ON Sessions BEGIN SELECT RAISE(ABORT, 'no'); END")
+    change(path, "DELETE FROM Users WHERE id = 4")
+    adopt(path)
+    assert texts(path) == before
+    kept = "SELECT (SELECT count(*) FROM message_images) + (SELECT count(*) FROM messages WHERE legacy_image <> '')"
+    aside = rows(path, "SELECT count(*) FROM orphaned_messages WHERE Image <> ''")[0][0]
+    assert rows(path, kept) == [(pictures - aside,)]
+    assert rows(path, "SELECT password FROM users WHERE id = 3")[0][0].startswith("e4e0")
+    assert dict(rows(path, "SELECT name, seq FROM sqlite_sequence"))["users"] == 4
+
+
+def test_a_strangers_table_stays(path: Path) -> None:
+    """A table that nobody knows is as it was, also where it refers to what is not there, and is in nobody's way."""
+    build(path)
+    change(
+        path,
+        "CREATE TABLE attachments (id INTEGER PRIMARY KEY, message_id INTEGER REFERENCES messages(id))",
+        "INSERT INTO attachments VALUES (1, 357), (2, 12), (3, 9999)",
+        "CREATE TRIGGER forward AFTER INSERT ON attachments BEGIN UPDATE messages SET role = 'user' WHERE 0; END",
+    )
+    adopt(path)
+    assert rows(path, "SELECT message_id FROM attachments ORDER BY id") == [(357,), (12,), (9999,)]
+    assert rows(path, "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name = 'forward'") == [("forward",)]
+
+
+def test_keys_that_cannot_be_read_stay_apart(path: Path) -> None:
+    """Two session keys or e-mails that are no UTF-8 do not become the same one; their bytes are kept."""
+    build(path)
+    change(
+        path,
+        "UPDATE sessions SET session_key = CAST(x'ff' AS TEXT) WHERE id = 58",
+        "UPDATE sessions SET session_key = CAST(x'fe' AS TEXT) WHERE id = 59",
+        "UPDATE users SET email = CAST(x'fd' AS TEXT) WHERE id = 1",
+        "UPDATE users SET email = CAST(x'fc' AS TEXT) WHERE id = 3",
+    )
+    adopt(path)
+    assert rows(path, "SELECT session_key FROM sessions WHERE id < 60") == [("\ufffd-58",), ("\ufffd-59",)]
+    assert rows(path, "SELECT value FROM legacy_values ORDER BY table_name, row_id") == [
+        (b"\xff",),
+        (b"\xfe",),
+        (b"\xfd",),
+        (b"\xfc",),
+    ]
+
+
+def test_a_relative_path_starts_at_the_checkout(path: Path) -> None:
+    """A project's folder that was named relative to where the service ran is found from wherever it runs now."""
+    build(path)
+    change(path, "UPDATE projects SET project_path = 'projects/garden' WHERE id = 35")
+    adopt(path)
+    assert rows(path, "SELECT project_path FROM projects WHERE id = 35") == [(str(CHECKOUT / "projects/garden"),)]
+    assert rows(path, "SELECT row_id, value FROM legacy_values") == [(35, "projects/garden")]
+
+
 def test_columns_that_an_older_file_lacks(path: Path) -> None:
     """A file from before some column was added is taken over as well, with what the column counts as."""
     build(path)
@@ -154,6 +249,7 @@ def test_the_log_says_how_many(path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "adopted 3 users, 2 projects, 3 sessions, 7 messages" in caplog.text
     assert "kept aside: 0 projects, 0 sessions, 2 messages" in caplog.text
     assert "images: 2 are files now, 1 are none and stay" in caplog.text
+    assert "the trigger update_projects_timestamp on projects goes" in caplog.text
 
 
 def test_the_copy_beside_is_the_file_as_it_was(path: Path) -> None:
@@ -209,6 +305,29 @@ def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[by
     assert "restore" in str(refused.value)
     assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("spoil", ["PRAGMA user_version=99", "CREATE TABLE turns (x)"])
+def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -> None:
+    """A file is refused without playing into it what the -wal beside it holds, and the sentence says why."""
+    database.migrate(path)
+    if spoil.startswith("CREATE"):
+        path.unlink()
+        build(path)
+    with closing(database.connect(path, read_only=False)) as conn:
+        conn.execute(spoil)
+        crashed = path.parent / "crashed" / path.name
+        crashed.parent.mkdir()
+        for suffix in ("", "-wal", "-shm"):
+            shutil.copy(f"{path}{suffix}", f"{crashed}{suffix}")
+    before = crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()
+    with pytest.raises(errors.Unavailable, match=r"start the newer code|turns already exists\. It is as it was"):
+        database.migrate(crashed)
+    if spoil.startswith("PRAGMA"):
+        assert (crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()) == before
+    else:
+        assert rows(crashed, "PRAGMA user_version") == [(0,)]
+        assert rows(crashed, "SELECT count(*) FROM messages") == [(9,)]
 
 
 def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
@@ -326,6 +445,47 @@ def test_what_was_theirs_is_theirs(old: Served) -> None:
         assert Path(project["project_path"]).is_relative_to(old.settings.projects)
 
 
+def test_files_put_at_once_make_one_folder(old: Served, tmp_path: Path) -> None:
+    """Many first files of a project of old that had no folder, at the same moment, are all in one new folder."""
+    token = login(old, "ada@example.com", "test123").json()["access_token"]
+    with (
+        httpx.Client(base_url=old.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as http,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        answers = pool.map(lambda n: http.put(f"/projects/35/files/{n}.txt", json={"content": str(n)}), range(16))
+        assert {answer.status_code for answer in answers} == {200}
+        names = {node["name"] for node in http.get("/projects/35/files").json()}
+    assert names == {"README.md", *(f"{n}.txt" for n in range(16))}
+    (folder,) = old.settings.projects.iterdir()
+    assert rows(tmp_path / "service.db", "SELECT project_path FROM projects WHERE id = 35") == [(str(folder),)]
+    assert rows(tmp_path / "service.db", "SELECT count(*) FROM outbox") == [(0,)]
+
+
+@pytest.mark.parametrize("key", ["OLD-KEY", "with a space", "A3877250-ED5A-4708-B965-9CA240AD7F61", "../x", "Grüße"])
+def test_a_session_of_old_with_an_odd_key_goes_on(
+    tmp_path: Path, serve: Callable[..., Served], openclaw: StandIn, key: str
+) -> None:
+    """A session whose key is no lower-case UUID keeps its images, takes new ones, and is deleted in the gateway under
+    the name that it had there."""
+    build(tmp_path / "service.db")
+    with closing(sqlite3.connect(tmp_path / "service.db")) as conn:
+        conn.execute("UPDATE sessions SET session_key = ?, archived = 0 WHERE id = 60", (key,))
+        conn.commit()
+    old = serve()
+    token = login(old, "ada@example.com", "test123").json()["access_token"]
+    with httpx.Client(base_url=old.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as http:
+        said = {"session_key": key, "image": PNG, "messages": [{"role": "user", "content": "look"}]}
+        answer = http.post("/chat", json=said)
+        assert answer.status_code == 200, answer.text
+        shown = [message["image"] for message in http.get("/sessions/60/messages").json() if message["image"]]
+        assert len(shown) == 2
+        assert [http.get(url).headers["content-type"] for url in shown] == ["image/png"] * 2
+        assert http.delete("/sessions/60").status_code == 200
+        assert [http.get(url).status_code for url in shown] == [404, 404]
+    gateway_key = f"agent:main:openai-user:adapter-session-{key}".lower()
+    until(lambda: gateway_key in openclaw.deleted, 10, "the session's deletion in the gateway")
+
+
 def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An account without e-mail and password cannot be signed into. What it owns can be claimed for one that can, and
     until then each start says so."""
@@ -369,3 +529,14 @@ def test_a_claim_before_the_adoption_says_what_to_do(tmp_path: Path) -> None:
     build(tmp_path / "service.db")
     done = claim(tmp_path, 1, "bob@example.com")
     assert (done.returncode, "Start the service" in done.stderr) == (4, True)
+
+
+def test_nothing_is_claimed_for_an_account_that_is_closed_too(path: Path) -> None:
+    """What nobody can reach is not given to somebody who cannot sign in either."""
+    build(path)
+    change(path, "INSERT INTO users (id, email) VALUES (4, 'late@example.com')")
+    adopt(path)
+    with closing(database.connect(path, read_only=False)) as conn:
+        with pytest.raises(errors.Invalid, match="no password"):
+            database.claim_projects(conn, 1, "late@example.com")
+        assert [project.name for project in database.select_projects(conn, 1)] == ["jasd"]

@@ -30,6 +30,14 @@ def test_the_migrations_make_the_newest(tmp_path: Path) -> None:
     assert schema(tmp_path / "new.db") == SCHEMAS[-1].read_text(encoding="utf-8")
 
 
+def test_each_table_that_refers_to_others_is_checked(tmp_path: Path) -> None:
+    """A migration is undone where a row of any table of ours refers to one that is not there."""
+    database.migrate(tmp_path / "new.db")
+    query = "SELECT DISTINCT t.name FROM sqlite_master t, pragma_foreign_key_list(t.name) WHERE t.type = 'table'"
+    with closing(sqlite3.connect(tmp_path / "new.db")) as conn:
+        assert {row[0] for row in conn.execute(query)} == set(database._REFERRING)
+
+
 @pytest.mark.parametrize("kept", SCHEMAS, ids=lambda path: path.stem)
 def test_a_version_walks_up(tmp_path: Path, kept: Path) -> None:
     """A database of that version becomes one of the newest, as if it had been made by it."""
