@@ -1535,7 +1535,9 @@ def _look_through(conn: Connection) -> _Findings:
     if version:  # before there were migrations, rows that belong to nobody were usual; migrating sets them aside
         faults += [
             f"a row of {table} (rowid {rowid}) refers to one of {parent} that is not there"
-            for table, rowid, parent, _ in conn.execute("PRAGMA foreign_key_check").fetchmany(20)
+            for checked in _REFERRING
+            if checked in names
+            for table, rowid, parent, _ in conn.execute(f"PRAGMA foreign_key_check({checked})").fetchmany(20)
         ]
     ours = [name for name in names if not name.startswith("sqlite_")]
     rows = {name: int(conn.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for name in ours}

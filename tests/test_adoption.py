@@ -172,6 +172,7 @@ def test_a_strangers_table_stays(path: Path) -> None:
     )
     adopt(path)
     assert rows(path, "SELECT message_id FROM attachments ORDER BY id") == [(357,), (12,), (9999,)]
+    assert database.main(["backup", str(path.parent / "some.backup"), "--database", str(path)]) == 0
     assert rows(path, "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name = 'forward'") == [("forward",)]
 
 
