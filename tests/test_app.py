@@ -463,6 +463,8 @@ def test_the_log_keeps_secrets(logged: tuple[Person, JSON, Service]) -> None:
 
 def test_nobody_forges_lines_of_the_log(logged: tuple[Person, JSON, Service]) -> None:
     """What a path holds stays on its request's line, and control characters never reach a terminal."""
+    # The line is written once the answer is out.
+    until(lambda: "FORGED" in logged[2].output(), 5, "the request's line")
     lines = re.split("[\n\r\u2028]", logged[2].output())
     forged = [line for line in lines if "FORGED" in line]
     assert len(forged) == 1
