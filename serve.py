@@ -14,9 +14,12 @@ import asyncio
 import fcntl
 import json
 import os
+import re
+import resource
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +47,7 @@ RETRY_AT_MOST = 30  # seconds between two tries to start a worker where none ser
 PAUSE = 3  # seconds before a front whose first worker did not start gives up, and PM2 starts the next
 PORT_TAKEN = 4  # exit status
 UNUSABLE = 5  # exit status
+ENDED_EARLY = 6  # exit status: with any other, PM2 revives what it was told to stop before it was ready
 FOR_GOOD = (2, 3, PORT_TAKEN, UNUSABLE)  # exit statuses of `start-backend.sh` after which another try is of no use
 
 
@@ -54,7 +58,7 @@ def _log(message: str) -> None:
 
 
 def _write(lines: bytes) -> None:
-    with suppress(BrokenPipeError):  # PM2 is gone, and nobody reads; the service goes on
+    with suppress(OSError):  # PM2 is gone, or the disk is full: the service goes on
         sys.stdout.buffer.write(lines)
         sys.stdout.buffer.flush()
 
@@ -116,6 +120,7 @@ class Front:
         self._serving: Generation | None = None
         self._listener: socket.socket | None = None
         self._status = 1  # to end with where nothing serves
+        self._is_ready = False
 
     def run(self) -> int:
         """Runs until PM2 ends it. Returns the exit status."""
@@ -133,7 +138,7 @@ class Front:
             while True:
                 self._guard()
         except _AskedToGoError:
-            return 0
+            return 0 if self._is_ready else ENDED_EARLY
         except _GivenUpError as given_up:
             return given_up.status
         finally:
@@ -146,6 +151,7 @@ class Front:
 
     def _tell_pm2(self) -> None:
         """What `wait_ready` waits for."""
+        self._is_ready = True
         if self._pm2 is not None:
             with suppress(OSError):  # PM2 is gone
                 os.write(self._pm2, b'"ready"\n')
@@ -178,10 +184,14 @@ class Front:
                 channel.connect(str(path))
                 message, fds, *_ = socket.recv_fds(channel, 65536, 2)
                 hello = json.loads(message)
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
+                if isinstance(error, TimeoutError):
+                    _kill_peer(channel)
                 channel.close()
                 path.unlink(missing_ok=True)
                 continue
+            for fd in fds:
+                os.set_inheritable(fd, False)
             channel.settimeout(None)
             generation = self._add(Generation(channel, fds[0]))
             generation.pid, generation.state = hello["pid"], hello["state"]
@@ -201,6 +211,9 @@ class Front:
     def _pump(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Relays and listens for so long, or until something holds; returns whether it does."""
         deadline = time.monotonic() + seconds
+        if os.getppid() != self._parent and self._lock >= 0:
+            os.close(self._lock)  # PM2 has died: its successor's front may take over, until then we go on
+            self._lock = -1
         while not until() and (left := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(min(left, 1)):
                 key.data()
@@ -210,7 +223,7 @@ class Front:
         """A word from a worker, or its end."""
         try:
             message = json.loads(generation.channel.recv(65536, socket.MSG_DONTWAIT) or b'{"state": "gone"}')
-        except ConnectionError:
+        except (ConnectionError, ValueError):
             message = {"state": "gone"}
         generation.pid = message.get("pid", generation.pid)
         generation.failure = message.get("failure", generation.failure)
@@ -223,7 +236,8 @@ class Front:
             self._serving = None
 
     def _forget(self, generation: Generation) -> None:
-        self._relay(generation)
+        while self._relay(generation):
+            pass
         if generation.unfinished:
             _write(generation.unfinished + b"\n")
         self._selector.unregister(generation.channel)
@@ -234,29 +248,28 @@ class Front:
         (self._directory / f"{generation.pid}.sock").unlink(missing_ok=True)  # one that was killed leaves it
         self._generations.remove(generation)
 
-    def _relay(self, generation: Generation) -> None:
-        """Passes on whole lines of what a worker has written."""
+    def _relay(self, generation: Generation) -> bool:
+        """Passes on whole lines of what a worker has written, some at a time; whether there were any."""
         if generation not in self._generations:
-            return  # its end was heard in the same round
+            return False  # its end was heard in the same round
         try:
-            while written := os.read(generation.log, 65536):
-                lines, end, generation.unfinished = (generation.unfinished + written).rpartition(b"\n")
-                _write(lines + end)
-                if len(generation.unfinished) > LONGEST_LINE:
-                    _write(generation.unfinished)
-                    generation.unfinished = b""
+            written = os.read(generation.log, 65536)
         except BlockingIOError:
-            return
-        self._selector.unregister(generation.log)  # its end: nobody writes there any more
+            return False
+        if not written and generation.log in self._selector.get_map():
+            self._selector.unregister(generation.log)  # nobody writes there any more
+        lines, end, generation.unfinished = (generation.unfinished + written).rpartition(b"\n")
+        _write(lines + end)
+        if len(generation.unfinished) > LONGEST_LINE:
+            _write(generation.unfinished)
+            generation.unfinished = b""
+        return bool(written)
 
     # --- what it does ---
 
     def _guard(self) -> None:
         """Sees to it that a worker serves."""
         self._pump(1, lambda: self._serving is None)
-        if os.getppid() != self._parent and self._lock >= 0:
-            os.close(self._lock)  # PM2 has died: its successor's front may take over, until then we go on
-            self._lock = -1
         delay = 1
         while self._serving is None:
             _log("the worker has died: another one is started")
@@ -272,20 +285,26 @@ class Front:
         failure = self._run_prepare() or self._start()
         if failure and self._serving is not None:
             _log(f"the new code does not run, process {self._serving.pid} serves on with the old: {failure}")
-            _send(self._serving.channel, {"order": "keep", "failure": failure})
+            _send(self._serving.channel, {"order": "keep", "failure": _public(failure)})
         return failure
 
     def _run_prepare(self) -> str:
         """Lets the start script check and install; returns its words where it refuses."""
         command = [*self._prepare, "--prepare" if self._listener else "--check"]
-        run = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603 - ours
+        run = subprocess.Popen(  # noqa: S603 - ours
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that all of it can be ended together
+        )
         assert run.stdout is not None  # noqa: S101 - a pipe was asked for
         said = bytearray()
         try:
             self._selector.register(run.stdout, selectors.EVENT_READ, lambda: self._take_down(run, said))
             self._pump(float("inf"), lambda: run.stdout not in self._selector.get_map())
         except BaseException:
-            run.kill()
+            os.killpg(run.pid, signal.SIGKILL)
             raise
         self._status = run.wait()
         return " ".join(said[-1000:].decode(errors="replace").split()) if self._status else ""
@@ -340,6 +359,22 @@ class Front:
         theirs.close()
         os.close(writing)
         return Generation(ours, reading)
+
+
+def _kill_peer(channel: socket.socket) -> None:
+    """Ends a worker that hangs: it can neither serve nor hand over, and would keep the port."""
+    pid = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    _log(f"process {pid} has not answered for {HELLO_WITHIN} s and is ended")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + RETIRES_WITHIN
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _public(failure: str) -> str:
+    """A reason as everybody may read it: without paths and addresses, which may hold secrets."""
+    return re.sub(r"\w+://\S+|(?<![\w.])[~.]?/[^\s:;,'\"()]+", "…", failure)
 
 
 def _ask_to_go(*_: object) -> NoReturn:
@@ -474,8 +509,10 @@ class Worker:
         self._spawn(self._stop())
 
     async def _stop(self) -> None:
-        await self._app.state.turns.end()
-        self._server.should_exit = True
+        try:
+            await self._app.state.turns.end()
+        finally:
+            self._server.should_exit = True
 
     def retire(self) -> None:
         """Leaves new connections to a successor, and ends when the last turn and the last reader have."""
@@ -485,13 +522,15 @@ class Worker:
             self._spawn(self._retire())
 
     async def _retire(self) -> None:
-        await self._app.state.turns.retire()
-        last_turn = time.monotonic()
-        while not self._is_over(last_turn):
-            await asyncio.sleep(0.1)
-            if self._app.state.turns.running:
-                last_turn = time.monotonic()
-        self._server.should_exit = True
+        try:
+            await self._app.state.turns.retire()
+            last_turn = time.monotonic()
+            while not self._is_over(last_turn):
+                await asyncio.sleep(0.1)
+                if self._app.state.turns.running:
+                    last_turn = time.monotonic()
+        finally:
+            self._server.should_exit = True
 
     def _is_over(self, last_turn: float) -> bool:
         at = time.monotonic()
@@ -548,7 +587,7 @@ class GuardedWorker(Worker):
             return False
         finally:
             self._path.unlink(missing_ok=True)
-            _send(self._channel, {"failure": self.failure})
+            _send(self._channel, {"failure": self.failure[:1000]})
 
     def _die_with_front(self) -> None:
         """A worker that is not ready when its front goes belongs to nobody: the next front starts another."""
@@ -621,7 +660,11 @@ class GuardedWorker(Worker):
     def _be_alone(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._channel.fileno())
-        self._alone = loop.call_later(SUCCESSOR_WITHIN if self._told_to_wait else REVIVAL_WITHIN, self.stop)
+        self._alone = loop.call_later(SUCCESSOR_WITHIN if self._told_to_wait else REVIVAL_WITHIN, self._stop_once)
+
+    def _stop_once(self) -> None:
+        if not self._stopping:  # to stop twice means at once, which only a signal says
+            self.stop()
 
 
 # --- the command line ---------------------------------------------------------------------------------
@@ -650,7 +693,13 @@ def main() -> int:
         channel, listener, log = map(int, options.worker.split(","))
         worker: Worker = GuardedWorker(options.port, socket.socket(fileno=channel), socket.socket(fileno=listener), log)
     else:
-        worker = Worker(listen(options.host, options.port))
+        try:
+            worker = Worker(listen(options.host, options.port))
+        except OSError as error:
+            _log(f"port {options.port} cannot be had: {error.strerror}")
+            return PORT_TAKEN
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file
     return 0 if worker.run() else 1
 
 

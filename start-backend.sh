@@ -17,7 +17,7 @@ Settings come from the environment or from a file .env beside this script.
   --help      this text
 
 PYTHON=... names the Python to use (3.11 or newer).
-Exit status: 2 wrong options, 3 wrong branch, 4 port in use, 1 anything else.
+Exit status: 2 wrong options, 3 wrong branch, 4 port in use, 5 run/ cannot be used, 1 anything else.
 END
 }
 
@@ -106,6 +106,18 @@ quietly() {
 $output"
 }
 
+# Another Python needs another environment: it takes the place of the one before, on which a service may be
+# running, when it is whole.
+replace_venv() {
+  quietly rm -rf venv.new venv.old
+  quietly "$PYTHON" -m venv venv.new
+  quietly venv.new/bin/python -m pip install "$@" -r requirements.txt
+  [[ ! -d venv ]] || mv venv venv.old
+  mv venv.new venv
+  quietly "$PYTHON" -m venv venv # its scripts name their place
+  rm -rf venv.old
+}
+
 build_venv() {
   local wanted found= options=(--quiet --disable-pip-version-check --no-input)
   wanted=$(describe_venv)
@@ -115,8 +127,7 @@ build_venv() {
     fail "$PYTHON has no module venv. On Debian and Ubuntu: apt-get install python3-venv"
   say "Installing what requirements.txt names into venv/; this takes a minute."
   if [[ ${found%%$'\n'*} != "${wanted%%$'\n'*}" ]]; then
-    rm -f venv/.stamp
-    quietly "$PYTHON" -m venv --clear venv
+    replace_venv "${options[@]}"
   elif [[ $found == "${wanted%%$'\n'*}" ]]; then
     options+=(--force-reinstall) # the last time it did not come to its end
   fi
@@ -170,7 +181,7 @@ serve() {
   mkdir -p projects
   options+=(--no-access-log --timeout-graceful-shutdown 10 --reload)
   for directory in projects tests venv; do options+=(--reload-exclude "$PWD/$directory"); done
-  exec venv/bin/uvicorn app:app "${options[@]}"
+  exec venv/bin/python -m uvicorn app:app "${options[@]}"
 }
 
 demo() {
@@ -200,7 +211,7 @@ serve_demo() {
     CLAWDBOT_BASE_URL="$1" CLAWDBOT_TOKEN="$DEMO_TOKEN" CLAWDBOT_TIMEOUT=600 \
     PUBLIC_BASE_URL="http://$HOST:$PORT" CORS_ORIGINS='*' JWT_SECRET="$DEMO_TOKEN$DEMO_TOKEN" TOKEN_TTL=86400 \
     SIGNUP=open LOG_LEVEL=WARNING LOG_FORMAT=plain METRICS_TOKEN="$DEMO_TOKEN" PING_SECONDS=10 DRAIN_SECONDS=1 \
-    venv/bin/uvicorn app:app --host "$HOST" --port "$PORT" --no-access-log --log-level warning \
+    venv/bin/python -m uvicorn app:app --host "$HOST" --port "$PORT" --no-access-log --log-level warning \
     --timeout-graceful-shutdown 2
 }
 

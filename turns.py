@@ -229,7 +229,10 @@ class Turns:
     async def retire(self) -> None:
         """Leaves what waits to other processes, and takes nothing over any more. What runs here runs on."""
         self.draining = True
-        await self._db.write(database.release_waiting, self.owner)
+        try:
+            await self._db.write(database.release_waiting, self.owner)
+        except errors.Unavailable:
+            log.error("what waits here could not be left to others; they take it when this process has ended")
 
     async def end(self) -> None:
         """Lets running turns finish; past `DRAIN_SECONDS` they end as `interrupted`, with all that came."""

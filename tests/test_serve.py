@@ -5,10 +5,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -328,6 +330,64 @@ def test_a_directory_of_somebody_else_is_said(front: Start, checkout: Checkout) 
     (checkout.path / "run").write_text("")
     assert front().wait(15) == 5
     assert "run/" in output(checkout) and "cannot be used" in output(checkout)
+
+
+def test_a_stop_ends_a_worker_whose_database_is_held(front: Start, checkout: Checkout) -> None:
+    """A write that fails while it stops does not keep it alive."""
+    process = front()
+    worker = serves(checkout)
+    with closing(sqlite3.connect(checkout.path / "clawdbot_adapter.db", isolation_level=None)) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        process.terminate()
+        until(lambda: not is_alive(worker), 25, "the worker's end")
+        conn.execute("ROLLBACK")
+
+
+def test_a_second_reason_to_stop_cuts_nothing_short(front: Start, checkout: Checkout) -> None:
+    """A reply has the time that it may take, whoever else wants the worker to end: only a second signal hurries it."""
+    checkout.edit(".env", "DRAIN_SECONDS=1", "DRAIN_SECONDS=20")
+    process = front()
+    worker = serves(checkout)
+    ada = person(checkout)
+    text = "[[chunks=60 delay=0.1]]"
+    with ada.listen(ada.session(), text) as (_, stream):
+        stream.read(to_first_text=True)
+        process.terminate()
+        process.wait(5)
+        os.kill(worker, signal.SIGTERM)
+        stream.read()
+    assert (stream.finish, stream.text) == ("stop", reply_text(text))
+
+
+def test_a_prepare_that_does_not_end_is_ended(front: Start, start: Start, checkout: Checkout) -> None:
+    """With all that it started, when its front is asked to go; the worker serves on for the next front."""
+    first = front()
+    worker = serves(checkout)
+    first.terminate()
+    first.wait(5)
+    (checkout.path / "stubborn.sh").write_text("trap '' INT TERM\nsleep 47 &\necho $! >child\nwait\n")
+    stubborn = start("--front", "./stubborn.sh")
+    note = checkout.path / "child"
+    child = int(until(lambda: (note.exists() and note.read_text()) or "", 5, "its child"))
+    stubborn.terminate()
+    assert stubborn.wait(2) == 6
+    until(lambda: not is_alive(child), 2, "its child's end")
+    front()
+    assert serves(checkout, other_than=worker)
+
+
+def test_a_long_reason_is_cut_and_tells_no_path(front: Start, checkout: Checkout) -> None:
+    """What health says of code that does not start is short, and has neither paths nor addresses in it."""
+    first = front()
+    serves(checkout)
+    reason = "cannot read /etc/secret.key of https://ada:pw@example.com/x: " + "x" * 100_000
+    checkout.edit("app.py", "import asyncio\n", f"import asyncio\nraise RuntimeError({reason!r})\n")
+    first.terminate()
+    first.wait(5)
+    front()
+    told = until(lambda: checkout.health()["failed_start"], 20, "health to say why")
+    assert told.startswith("RuntimeError: cannot read … of …")
+    assert len(told) <= 1000
 
 
 def test_a_first_start_that_fails_is_tried_again_in_peace(front: Start, checkout: Checkout) -> None:

@@ -219,12 +219,10 @@ def test_a_python_without_venv_is_said(checkout: Path, tmp_path: Path) -> None:
 
 def test_what_is_started(checkout: Path) -> None:
     """Development has its own database unless the environment or `.env` names one, and reloads only for our code."""
-    uvicorn = checkout / "venv" / "bin" / "uvicorn"
-    uvicorn.write_text('#!/bin/sh\necho "DB_PATH=$DB_PATH"\necho "$@"\n')
-    uvicorn.chmod(0o755)
     python = checkout / "venv" / "bin" / "python"
     python.unlink()
-    shutil.copy(uvicorn, python)
+    python.write_text('#!/bin/sh\necho "DB_PATH=$DB_PATH"\necho "$@"\n')
+    python.chmod(0o755)
     ports = re.findall(r"USUAL_PORT=(\d+)", (checkout / "start-backend.sh").read_text())
     production = run(checkout / "start-backend.sh")
     assert production.stdout == f"DB_PATH=\nserve.py --host 0.0.0.0 --port {ports[0]}\n"
@@ -232,7 +230,7 @@ def test_what_is_started(checkout: Path) -> None:
     development = checkout / "start-backend-dev.sh"
     excluded = " ".join(f"--reload-exclude {checkout / name}" for name in ("projects", "tests", "venv"))
     options = "--no-access-log --timeout-graceful-shutdown 10 --reload"
-    expected = f"app:app --host 0.0.0.0 --port {ports[1]} {options} {excluded}\n"
+    expected = f"-m uvicorn app:app --host 0.0.0.0 --port {ports[1]} {options} {excluded}\n"
     assert run(development).stdout == f"DB_PATH=clawdbot_adapter_dev.db\n{expected}"
     assert run(development, DB_PATH="mine.db").stdout.startswith("DB_PATH=mine.db\n")
     for line, database in (

@@ -37,12 +37,16 @@ class PM2:
     def __exit__(self, *_: object) -> None:
         self("kill")
 
+    def command(self, *words: str) -> list[str]:
+        """The same as a program and its arguments."""
+        return [self._program, *words]
+
     def __call__(
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
         """What an operator types after `pm2`."""
         return subprocess.run(
-            [self._program, *words],
+            self.command(*words),
             cwd=cwd or self._home,
             env=self.environment | dict(environment or {}),
             capture_output=True,

@@ -3,6 +3,7 @@
 import os
 import signal
 import statistics
+import subprocess
 import time
 
 import httpx
@@ -134,7 +135,7 @@ def test_code_that_does_not_start_costs_nothing(running: PM2, checkout: Checkout
         running.do("reload", NAME)
         told = until(lambda: checkout.health()["failed_start"], 20, "health to say why")
         assert reason in told
-        assert told in running.log(NAME)
+        assert reason in running.log(NAME)
         health = checkout.health()
         assert (health["commit"], health["stale"]) == (before["commit"], health["stale"])
         assert running.status(NAME) == "online"
@@ -224,6 +225,27 @@ def test_a_stop_ends_everything(running: PM2, checkout: Checkout, ada: Person, c
     for session, stream in ((older, first), (newer, second)):
         message = ada.messages(session)[-1]
         assert (message["status"], message["content"]) == ("interrupted", stream.text)
+
+
+@pytest.mark.parametrize("command", ["stop", "delete"])
+def test_a_stop_before_it_is_ready_is_one(running: PM2, checkout: Checkout, command: str) -> None:
+    """PM2 does not revive what it was told to stop while it waited for it."""
+    checkout.edit("app.py", TOP, f"{TOP}import time\ntime.sleep(5)\n")
+    with subprocess.Popen(running.command("restart", NAME), env=running.environment, stdout=subprocess.DEVNULL):
+        time.sleep(2)
+        running.do(command, NAME)
+    assert running.status(NAME) == ("stopped" if command == "stop" else "none")
+    until(lambda: not is_open(checkout.port), 10, "the service's end")
+
+
+def test_a_worker_that_hangs_is_replaced(running: PM2, checkout: Checkout, ada: Person) -> None:
+    """A restart cures it: one that does not answer is ended, and the next serves."""
+    (worker,) = checkout.workers()
+    os.kill(worker, signal.SIGSTOP)
+    running.do("restart", NAME)
+    until(lambda: set(checkout.workers()) - {worker}, 30, "the next worker")
+    assert not is_alive(worker)
+    assert checkout.health()["status"] == "ok"
 
 
 def test_a_start_right_after_a_stop_takes_over(running: PM2, checkout: Checkout, ada: Person) -> None:
