@@ -23,8 +23,10 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
@@ -155,6 +157,7 @@ class _Job:
     run: Callable[[Connection], object]
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[object]"
+    context: Context  # of who waits for it: what is logged on the way says whose it is
     result: object = None
     error: BaseException | None = None
 
@@ -226,17 +229,18 @@ class _Writer(threading.Thread):
                     if self._conn.in_transaction:
                         self._conn.execute("ROLLBACK")
         except (sqlite3.Error, OSError) as error:
-            failed = _unavailable(error)
+            context = batch[0].context if len(batch) == 1 else Context()  # the failure of several is nobody's own
+            failed = context.run(_unavailable, error)
             for job in batch:
                 job.error = job.error or failed
 
     def _run_job(self, job: _Job) -> None:
         self._conn.execute("SAVEPOINT job")
         try:
-            job.result = job.run(self._conn)
+            job.result = job.context.run(job.run, self._conn)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the one who waits for this job
             self._conn.execute("ROLLBACK TO job")
-            job.error = _unavailable(error) if _is_unusable(error) else error
+            job.error = job.context.run(_unavailable, error) if _is_unusable(error) else error
         self._conn.execute("RELEASE job")
 
 
@@ -314,7 +318,7 @@ class Database:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[object] = loop.create_future()
-        self._writer.submit(_Job(lambda conn: job(conn, *args, **kwargs), loop, future))
+        self._writer.submit(_Job(lambda conn: job(conn, *args, **kwargs), loop, future, copy_context()))
         return await future  # type: ignore[return-value]  # the job's own type, through the queue
 
     def read(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -326,8 +330,9 @@ class Database:
 
     async def read_aside(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a large reading `job(conn, …)` on a thread, so that it holds nobody up."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: self._read_in_thread(job, *args, **kwargs))
+        loop, context = asyncio.get_running_loop(), copy_context()
+        read = partial(self._read_in_thread, job, *args, **kwargs)
+        return await loop.run_in_executor(self._threads, context.run, read)
 
     def _read_in_thread(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         conn: Connection | None = getattr(self._local, "conn", None)

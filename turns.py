@@ -100,6 +100,7 @@ class LiveReply:
         self.usage = row.usage
         self.error = row.error
         self.run_id: str | None = None
+        self.first_after: float | None = None  # seconds from asking the gateway, where it was asked here
         self.length = 0
         self._parts: list[str] = []
         self._ends: list[int] = []
@@ -338,9 +339,10 @@ class Turns:
         if reply.is_final:
             self._metrics.count_turns(reply.status)
         took = time.monotonic() - started
+        first = "" if reply.first_after is None else f" the first after {reply.first_after:.3f} s,"
         log.info(
-            "reply %d in session %d is %s: %d characters, %.3f s",
-            *(reply.id, reply.session_id, reply.status, reply.length, took),
+            "reply %d in session %d is %s: %d characters,%s %.3f s",
+            *(reply.id, reply.session_id, reply.status, reply.length, first, took),
             extra={"duration_ms": round(took * 1000, 1)},
         )
         await self._claim()
@@ -401,7 +403,8 @@ class Turns:
             async for text, run_id, usage in chunks:  # noqa: B007 - the last usage counts
                 reply.run_id = run_id
                 if text and not reply.length:
-                    self._metrics.time_first_token(time.monotonic() - asked)
+                    reply.first_after = time.monotonic() - asked
+                    self._metrics.time_first_token(reply.first_after)
                 reply.append(text)
         return Outcome("complete" if reply.length else "empty", usage)
 

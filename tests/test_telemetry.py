@@ -1,5 +1,6 @@
 """What is told about the running service: the lines of the log, what they are about and what they keep, the metrics."""
 
+import asyncio
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import copy_context
@@ -20,6 +22,8 @@ from pydantic import SecretStr
 from starlette.requests import Request
 
 import app
+import database
+import errors
 import telemetry
 
 from .conftest import make_settings
@@ -473,6 +477,74 @@ def test_what_was_known_of_a_request_is_not_said_of_the_next(served: Served, log
         until(lambda: '"two"' in log.text(), 10, "both lines")
     one, two = (json.loads(line) for line in log.lines() if '"one"' in line or '"two"' in line)
     assert "user_id" in one and "user_id" not in two
+
+
+def test_a_failure_of_the_database_says_whose_it_was(served: Served, ada: Person, log: Log) -> None:
+    """Also where a thread of the database met it: the one that writes, and those for large reads."""
+    session = ada.session()
+    with closing(sqlite3.connect(served.settings.db_path)) as conn:
+        conn.execute("ALTER TABLE messages RENAME TO elsewhere")
+        conn.execute("ALTER TABLE projects RENAME TO nowhere")
+    log.start("json")
+    written = ada.http.post("/projects", json={"name": "Plans"}, headers={"X-Request-ID": "written"})
+    read = ada.http.get(f"/sessions/{session['id']}/messages", headers={"X-Request-ID": "read"})
+    assert (written.status_code, read.status_code) == (503, 503)
+    failures = [line for line in map(json.loads, log.lines()) if line["message"] == "the database failed"]
+    told = {line.get("request_id"): (line.get("user_id"), line.get("session_id")) for line in failures}
+    user_id = ada.http.get("/auth/me").json()["id"]
+    assert told["written"] == (user_id, None)
+    assert told["read"] == (user_id, session["id"])
+
+
+def test_a_commit_that_fails_says_whose_it_was(tmp_path: Path, log: Log) -> None:
+    """Where it was of one job; that of several, committed together, is nobody's own."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def orphan(conn: sqlite3.Connection) -> None:
+        conn.execute("PRAGMA defer_foreign_keys=ON")
+        conn.execute(
+            "INSERT INTO projects (user_id, name, project_path, created_at, updated_at) "
+            "VALUES (999, 'Plans', '', '', '')"
+        )
+
+    def wait(conn: sqlite3.Connection) -> None:
+        begun.set()
+        go_on.wait(10)
+        orphan(conn)
+
+    async def write(request_id: str, job: Callable[[sqlite3.Connection], None]) -> None:
+        telemetry.begin_request(request_id)
+        with pytest.raises(errors.Unavailable):
+            await db.write(job)
+
+    async def story() -> None:
+        held = asyncio.create_task(write("alone", wait))
+        await asyncio.to_thread(begun.wait, 10)
+        others = [asyncio.create_task(write(name, orphan)) for name in ("one", "two")]
+        await asyncio.sleep(0.1)
+        go_on.set()
+        await asyncio.gather(held, *others)
+
+    db = database.Database(tmp_path / "a.db", lambda _, __: None)
+    db.open()
+    log.start("json")
+    asyncio.run(story())
+    db.close()
+    failures = [line for line in map(json.loads, log.lines()) if line["message"] == "the database failed"]
+    assert [line.get("request_id") for line in failures] == ["alone", None]
+    assert all("FOREIGN KEY" in line["exception"] for line in failures)
+
+
+def test_a_turns_line_says_when_its_text_began(served: Served, ada: Person, log: Log) -> None:
+    """The seconds to the first text beside those to the end; none where no text came."""
+    session = ada.session()
+    log.start("plain")
+    ada.say(session, "[[first=0.2 chunks=3 delay=0.1]]")
+    ada.say(session, "[[end=empty]]", stream=True)
+    whole, empty = [line for line in log.lines() if " clawd.turns [" in line]
+    times = re.search(r"is complete: \d+ characters, the first after (\d+\.\d{3}) s, (\d+\.\d{3}) s$", whole)
+    assert times and 0.2 <= float(times[1]) < float(times[2])
+    assert re.search(r"is empty: 0 characters, \d+\.\d{3} s$", empty)
 
 
 # --- the metrics --------------------------------------------------------------------------------------
