@@ -95,11 +95,6 @@ class Generation:
         self.failure = ""
         self.unfinished = b""  # the beginning of a line of its output
 
-    @property
-    def gone(self) -> bool:
-        """Whether its process has ended."""
-        return self.state == "gone"
-
 
 class Front:
     """What PM2 runs: it starts a worker, takes over from the one before, and keeps one alive."""
@@ -223,14 +218,16 @@ class Front:
         """A word from a worker, or its end."""
         try:
             message = json.loads(generation.channel.recv(65536, socket.MSG_DONTWAIT) or b'{"state": "gone"}')
-        except (ConnectionError, ValueError):
+        except ConnectionError:
             message = {"state": "gone"}
+        except ValueError:
+            message = {}  # not of this protocol: it changes nothing
         generation.pid = message.get("pid", generation.pid)
         generation.failure = message.get("failure", generation.failure)
         generation.state = message.get("state", generation.state)
         if generation.state == "replaced":
             raise _GivenUpError(0)
-        if generation.gone:
+        if generation.state == "gone":
             self._forget(generation)
         if generation is self._serving and generation.state != "serving":
             self._serving = None
@@ -591,7 +588,8 @@ class GuardedWorker(Worker):
 
     def _die_with_front(self) -> None:
         """A worker that is not ready when its front goes belongs to nobody: the next front starts another."""
-        self._channel.recv(1, socket.MSG_PEEK)  # comes back when the front is gone, or has its first order
+        with suppress(ConnectionError):  # a front that was killed before it had read a word of ours
+            self._channel.recv(1, socket.MSG_PEEK)  # comes back when the front is gone, or has its first order
         if not self._ready.is_set():
             os._exit(1)
 

@@ -271,6 +271,21 @@ def test_a_worker_whose_front_dies_before_it_is_ready_claims_nothing(front: Star
     assert serves(checkout, other_than=old)
 
 
+def test_a_front_that_died_unheard_takes_its_worker_along(checkout: Checkout) -> None:
+    """Also where it was killed before it had read anything: the worker's end of the channel is reset then."""
+    checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport time\ntime.sleep(20)\n")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fds = (theirs.fileno(), listener.fileno(), os.open(os.devnull, os.O_RDONLY))
+        command = [sys.executable, "serve.py", "--port", "1", "--worker", ",".join(map(str, fds))]
+        worker = subprocess.Popen(command, cwd=checkout.path, pass_fds=fds)
+    theirs.close()
+    os.close(fds[2])
+    assert b"pid" in ours.recv(100, socket.MSG_PEEK)
+    ours.close()
+    assert worker.wait(5) == 1
+
+
 def _unready(checkout: Checkout, old: int) -> int:
     """The process of a worker of this checkout that does not serve yet."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):

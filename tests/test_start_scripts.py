@@ -17,17 +17,11 @@ import pytest
 
 from settings import Settings
 
-from .checkout import use_this_python
+from .checkout import TOOLS, use_this_python
+from .service import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"start-backend.sh": 8002, "start-backend-dev.sh": 8001}
-# What the scripts run, and what a fresh account has: nothing of the caller's settings or git configuration.
-TOOLS = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "GIT_CONFIG_GLOBAL": "/dev/null"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def run(script: Path, *options: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
