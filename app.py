@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
 import chat_handlers
+import clock
 import database
 import errors
 import file_utils
@@ -494,7 +495,7 @@ async def read_health(request: Request, parts: OpenParts) -> Any:
 
 
 def _iso(seconds: float) -> str | None:
-    return database.iso_time(seconds) if seconds else None
+    return clock.iso_time(seconds) if seconds else None
 
 
 async def read_ready(parts: OpenParts) -> Ready:

@@ -34,6 +34,8 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import errors
 import file_utils
 import settings
+from clock import now
+from telemetry import Progress
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,16 +45,6 @@ log = logging.getLogger("clawd.database")
 
 MAX_ID = 2**63 - 1  # SQLite's largest integer; Python's sqlite3 raises OverflowError past it
 WAITING_TURNS = 10  # contract: at most 10 turns wait in a session
-
-
-def now() -> str:
-    """The time as the contract writes it: ISO 8601, UTC, milliseconds, `Z`."""
-    return iso_time(time.time())
-
-
-def iso_time(seconds: float) -> str:
-    """A time in unix seconds as the contract writes it."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 # --- connections and transactions ---------------------------------------------------------------------
@@ -388,7 +380,6 @@ _NUMBERS = {"user_id", "project_id", "session_id", "archived"}
 _TIMES = {"created_at", "updated_at", "last_used_at"}
 _UNIQUE = {"email", "session_key"}
 _BATCH = 50_000  # rows that are copied at once
-_TELL_EVERY = 2.0  # seconds between two lines on long work
 
 
 def _time(column: str) -> str:
@@ -498,20 +489,6 @@ _RULES = (
 )
 
 
-class _Progress:
-    """Tells how much of long work is done, every few seconds; nothing of work that is quick."""
-
-    def __init__(self, tell: Callable[[str], object], doing: str) -> None:
-        self._tell = tell
-        self._doing = doing
-        self._told = time.monotonic()
-
-    def __call__(self, done: float, total: float) -> None:
-        if time.monotonic() - self._told > _TELL_EVERY and total:
-            self._told = time.monotonic()
-            self._tell(f"{self._doing}: {min(100 * done / total, 100):.0f} %")
-
-
 def adopt(conn: Connection, keep_image: KeepImage) -> None:
     """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
     conn.execute(_KEPT)
@@ -522,7 +499,7 @@ def adopt(conn: Connection, keep_image: KeepImage) -> None:
     for statement in (*_TABLES, *_COPIES):
         conn.execute(statement)
     total, done = _count(conn, "messages"), 0
-    progress = _Progress(log.info, f"adopting {total:,} messages")
+    progress = Progress(log.info, f"adopting {total:,} messages")
     last = _first_id(conn)
     while (until := _batch_end(conn, last)) is not None:
         _mend_texts(conn, "messages", [column for column in _LEGACY["messages"] if _is_text(column)], last, until)
@@ -644,7 +621,7 @@ def _batch_end(conn: Connection, after: int) -> int | None:
 def _adopt_images(conn: Connection, keep_image: KeepImage) -> tuple[int, int]:
     """Makes files of the images of old; how many, and how many are no images."""
     ids = _ids(conn, "SELECT id FROM new_messages WHERE legacy_image <> ''")
-    progress = _Progress(log.info, f"adopting {len(ids):,} images")
+    progress = Progress(log.info, f"adopting {len(ids):,} images")
     files = 0
     for done, message_id in enumerate(ids):
         session_key, image = conn.execute(
@@ -1632,7 +1609,7 @@ def _copy_pages(path: Path, partial: Path) -> None:
         conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
         with closing(sqlite3.connect(partial, isolation_level=None)) as copy:
             copy.execute("PRAGMA synchronous=OFF")  # it is synced when it is whole
-            progress = _Progress(_tell, "copying")
+            progress = Progress(_tell, "copying")
             conn.backup(copy, pages=4096, progress=lambda _, left, total: progress(total - left, total))
             copy.execute("PRAGMA journal_mode=DELETE")  # one file, without others beside it
     _sync(partial)
@@ -1668,7 +1645,7 @@ def _reading_copy(path: Path) -> Iterator[Connection]:
 
 def _inventory(conn: Connection, place: settings.Settings, found: _Findings) -> dict[str, list[dict[str, Any]]]:
     """The files that the rows speak of, and what of them is on disk now; sizes in bytes."""
-    progress = _Progress(_tell, "looking at images and folders")
+    progress = Progress(_tell, "looking at images and folders")
     images = []
     if "message_images" in found.rows:
         for message_id, file in conn.execute("SELECT message_id, file FROM message_images ORDER BY id"):
@@ -1769,7 +1746,7 @@ def _copy_checked(place: settings.Settings, source: Path, new: Path) -> tuple[_F
 
 def _copy_file(source: Path, target: Path) -> str:
     """Copies a file's bytes; returns their SHA-256 in hex."""
-    digest, size, done, progress = hashlib.sha256(), source.stat().st_size, 0, _Progress(_tell, "copying")
+    digest, size, done, progress = hashlib.sha256(), source.stat().st_size, 0, Progress(_tell, "copying")
     with source.open("rb") as read, os.fdopen(_new_file(target), "wb") as write:
         while chunk := read.read(4 * 1024 * 1024):
             write.write(chunk)

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+import clock
 import database
 import errors
 
@@ -129,10 +130,10 @@ def test_what_is_no_instant_is_not_made_one(path: Path, old: object) -> None:
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("UPDATE sessions SET created_at = ?, last_used_at = ? WHERE id = 58", (old, old))
         conn.commit()
-    began = database.now()
+    began = clock.now()
     adopt(path)
     ((created, used),) = rows(path, "SELECT created_at, last_used_at FROM sessions WHERE id = 58")
-    assert began <= created <= database.now()
+    assert began <= created <= clock.now()
     assert used is None
     kept = rows(path, "SELECT column_name, value FROM legacy_values WHERE table_name = 'sessions' AND row_id = 58")
     assert kept == [("created_at", old), ("last_used_at", old)]

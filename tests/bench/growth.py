@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from sqlite3 import Connection
 
+import clock
 import database
 from database import Database
 from tests import legacy
@@ -26,7 +27,7 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
     """Users with 10 projects each, projects with 10 sessions each, sessions with so many messages each."""
 
     def insert(conn: Connection) -> None:
-        at = database.now()
+        at = clock.now()
         for number in range(1, sessions + 1):
             project = (number - 1) // SESSIONS_OF_A_PROJECT + 1
             conn.execute(
