@@ -39,7 +39,8 @@ import project_manager
 import settings as environment
 import telemetry
 from settings import Settings
-from turns import FINAL, OpenParts, Parts, Turns
+from turns import FINAL, Turns
+from web import OpenParts, Parts
 
 VERSION = "1.0.0"
 MAX_BODY = 32 * 1024 * 1024  # bytes: 20 MB of images, as base64, and the words beside them

@@ -26,7 +26,7 @@ import errors
 import file_utils
 import telemetry
 from settings import Settings
-from turns import Body, OpenParts
+from web import Body, OpenParts
 
 T = TypeVar("T")
 

@@ -18,7 +18,8 @@ import errors
 import image_handler
 import telemetry
 from auth import CurrentUser
-from turns import Body, Id, LiveReply, OpenParts, Parts, Said
+from turns import LiveReply, Said
+from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.chat")
 

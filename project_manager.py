@@ -16,7 +16,7 @@ import database
 import errors
 import file_utils
 from auth import CurrentUser
-from turns import Body, Id, OpenParts, Parts
+from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.projects")
 
