@@ -1,38 +1,35 @@
 """SQLite: connections, transactions, migrations, rows, and every SQL statement as a function of a connection.
 
 The caller brings a function that takes a connection; `Database` owns the threads and the transactions.
-As a program it backs up, restores, checks and claims: `python database.py --help`.
+As a program it is `admin`: `python database.py --help`.
 """
 
-import argparse
 import asyncio
 import fcntl
 import filecmp
 import glob
-import hashlib
 import json
 import logging
 import os
 import queue
+import runpy
 import sqlite3
-import sys
 import threading
 import time
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import errors
-import file_utils
 import settings
 from clock import now
 from telemetry import Progress
@@ -361,7 +358,7 @@ KeepImage = Callable[[str, str], KeptImage | None]  # (session key, base64) → 
 
 # What production ran on before there were migrations, and what each column counts as where it is missing or
 # NULL. In a new database these tables are empty for a moment.
-_LEGACY = {
+LEGACY = {
     "users": {"email": "NULL", "name": "NULL", "password": "NULL", "created_at": "NULL"},
     "projects": {
         **{"user_id": "0", "name": "'Project'", "description": "NULL", "project_path": "''", "archived": "0"},
@@ -493,7 +490,7 @@ def adopt(conn: Connection, keep_image: KeepImage) -> None:
     """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
     conn.execute(_KEPT)
     existing = {row[0].lower() for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    for table, columns in _LEGACY.items():
+    for table, columns in LEGACY.items():
         _complete_table(conn, table, columns, existing)
     _make_paths_absolute(conn)
     for statement in (*_TABLES, *_COPIES):
@@ -502,7 +499,7 @@ def adopt(conn: Connection, keep_image: KeepImage) -> None:
     progress = Progress(log.info, f"adopting {total:,} messages")
     last = _first_id(conn)
     while (until := _batch_end(conn, last)) is not None:
-        _mend_texts(conn, "messages", [column for column in _LEGACY["messages"] if _is_text(column)], last, until)
+        _mend_texts(conn, "messages", [column for column in LEGACY["messages"] if _is_text(column)], last, until)
         conn.execute(_COPY_MESSAGES, (last, until))
         done += _BATCH
         progress(done, total)
@@ -510,9 +507,9 @@ def adopt(conn: Connection, keep_image: KeepImage) -> None:
     images = _adopt_images(conn, keep_image)
     for statement in (*_REPLACE, *_RULES):
         conn.execute(statement)
-    if existing & _LEGACY.keys():
-        counts = [f"{_count(conn, table):,} {table}" for table in _LEGACY]
-        orphans = [f"{_count(conn, f'orphaned_{table}'):,} {table}" for table in _LEGACY if table != "users"]
+    if existing & LEGACY.keys():
+        counts = [f"{_count(conn, table):,} {table}" for table in LEGACY]
+        orphans = [f"{_count(conn, f'orphaned_{table}'):,} {table}" for table in LEGACY if table != "users"]
         log.info(
             "adopted %s; without an owner, and kept aside: %s; images: %d are files now, %d are none and stay as "
             "they were; %d values that fit nowhere are in legacy_values",
@@ -643,7 +640,7 @@ MIGRATIONS: tuple[Callable[[Connection, KeepImage], None], ...] = (adopt,)
 
 
 # The tables of ours that refer to others. What a stranger's table refers to is its own affair.
-_REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
+REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
 
 
 def email_key(email: str | None) -> str | None:
@@ -733,7 +730,7 @@ def _apply(
     conn.execute("BEGIN IMMEDIATE")
     try:
         migration(conn, keep_image)
-        for table in _REFERRING:
+        for table in REFERRING:
             if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
                 raise sqlite3.IntegrityError(f"a row of {table} refers to one that is not there")
         conn.execute(f"PRAGMA user_version={version:d}")
@@ -1439,523 +1436,5 @@ def check(conn: Connection) -> None:
     conn.execute("SELECT count(*) FROM (SELECT 1 FROM users LIMIT 1)").fetchone()
 
 
-# --- the command line ---------------------------------------------------------------------------------
-
-DAMAGED, IN_USE, FILE_PROBLEM = 1, 3, 4  # exit statuses; 0 is done, 2 is argparse's
-_EXIT_STATUSES = """exit status:
-  0  done
-  1  a check failed, or a file is damaged or no database of this service
-  2  wrong arguments or settings
-  3  refused, because a service or another program uses the database
-  4  a problem with a file: it exists already, is not there, cannot be written, the disk is full
-"""
-_BESIDE = ("-wal", "-journal", "-shm")  # what SQLite keeps beside a database that is in use
-
-
-class _CommandError(Exception):
-    """What ends a command: a sentence for the operator, and the exit status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _say(fact: str) -> None:
-    sys.stdout.write(fact + "\n")
-
-
-def _tell(progress: str) -> None:
-    sys.stderr.write(progress + "\n")
-    sys.stderr.flush()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Connection]:
-    """A connection that changes nothing of a database, its journal mode included, and makes no checkpoint."""
-    if not path.is_file():
-        raise _CommandError(FILE_PROBLEM, f"{path} is not there: name the database by --database or DB_PATH.")
-    with closing(FileLock(path.with_name(path.name + ".lock"))) as lock:
-        conn = _connect_to_read(path)
-        try:
-            yield conn
-        finally:
-            with lock:
-                conn.close()
-
-
-def _connect_to_read(path: Path) -> Connection:
-    conn = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
-    conn.execute("PRAGMA busy_timeout=5000")
-    conn.execute("PRAGMA trusted_schema=OFF")
-    return conn
-
-
-class _Findings(NamedTuple):
-    version: int
-    rows: dict[str, int]
-    faults: list[str]
-
-
-def _examine(conn: Connection, what: Path) -> _Findings:
-    """What is in a database, and what is wrong with it, 20 faults of a kind at most."""
-    _tell(f"checking {what.name} ({what.stat().st_size / 1e6:.1f} MB)")
-    try:
-        return _look_through(conn)
-    except sqlite3.DatabaseError as error:
-        if _status(error) != DAMAGED:
-            raise
-        return _Findings(0, {}, [f"SQLite says: {error}"])
-
-
-def _look_through(conn: Connection) -> _Findings:
-    faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
-    version = int(conn.execute("PRAGMA user_version").fetchone()[0])
-    names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    if missing := sorted(_LEGACY.keys() - set(names)):
-        faults.append(f"it is no database of this service: it has no table {', '.join(missing)}")
-        return _Findings(version, {}, faults)
-    if version:  # before there were migrations, rows that belong to nobody were usual; migrating sets them aside
-        faults += [
-            f"a row of {table} (rowid {rowid}) refers to one of {parent} that is not there"
-            for checked in _REFERRING
-            if checked in names
-            for table, rowid, parent, _ in conn.execute(f"PRAGMA foreign_key_check({checked})").fetchmany(20)
-        ]
-    ours = [name for name in names if not name.startswith("sqlite_")]
-    rows = {name: int(conn.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for name in ours}
-    return _Findings(version, rows, faults)
-
-
-def _too_new(version: int) -> list[str]:
-    known = len(MIGRATIONS)
-    return [f"its schema version is {version}, this code knows {known}: use the newer code"] if version > known else []
-
-
-def _refuse_faults(faults: Sequence[str], what: Path, advice: str) -> None:
-    if faults:
-        raise _CommandError(DAMAGED, "\n".join((f"{what} fails the check. {advice}", *faults)))
-
-
-def _say_contents(found: _Findings) -> None:
-    _say(f"schema version: {found.version}")
-    _say("rows: " + ", ".join(f"{table} {count}" for table, count in found.rows.items()))
-
-
-def _say_some(what: str, items: Sequence[str]) -> None:
-    """At most 20 of them, each on a line."""
-    for item in items[:20]:
-        _say(f"{what}: {item}")
-    if len(items) > 20:
-        _say(f"{what}: and {len(items) - 20} more")
-
-
-def _sync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on disk."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _new_file(path: Path) -> int:
-    """A file of nobody else's to read, for all that a database tells."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-
-def _remove(path: Path) -> None:
-    """Removes a database of ours that is not in use, with what SQLite keeps beside it."""
-    for suffix in ("", *_BESIDE):
-        _beside(path, suffix).unlink(missing_ok=True)
-
-
-# --- backup
-
-
-def _backup(place: settings.Settings, given: argparse.Namespace) -> None:
-    """Writes all that was committed when it began to a file, which has its name once it is whole."""
-    target, made_at = given.file.absolute(), now()
-    partial = _beside(target, ".partial")
-    if not target.parent.is_dir():
-        raise _CommandError(FILE_PROBLEM, f"{target.parent} is no folder: make it first.")
-    if os.path.lexists(target):
-        raise _CommandError(FILE_PROBLEM, f"{target} exists already and is left as it is: choose another name.")
-    try:
-        os.close(_new_file(partial))
-    except FileExistsError as error:
-        advice = "another backup writes it, or one was killed. If none runs, delete it."
-        raise _CommandError(FILE_PROBLEM, f"{partial} exists: {advice}") from error
-    try:
-        _copy_pages(place.db_path, partial)
-        manifest = {"made_at": made_at, "database": str(place.db_path), **_described(partial, place)}
-        file_utils.write_atomic(_beside(target, ".files.json"), json.dumps(manifest, indent=1).encode(), 0o600)
-        partial.rename(target)
-        _sync(target.parent)
-    finally:
-        _remove(partial)
-    _say(f"backup: {target} ({target.stat().st_size} bytes), as of {made_at}")
-    _say(f"list of files: {_beside(target, '.files.json')}")
-    _say(f"copy beside it: {place.images}, {place.projects}, {place.data / 'secret.key'}")
-
-
-def _copy_pages(path: Path, partial: Path) -> None:
-    """Copies one state of the database, whoever writes meanwhile: the read transaction is what holds it still."""
-    with _reading(path) as conn:
-        conn.execute("BEGIN")
-        conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        with closing(sqlite3.connect(partial, isolation_level=None)) as copy:
-            copy.execute("PRAGMA synchronous=OFF")  # it is synced when it is whole
-            progress = Progress(_tell, "copying")
-            conn.backup(copy, pages=4096, progress=lambda _, left, total: progress(total - left, total))
-            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without others beside it
-    _sync(partial)
-
-
-def _described(partial: Path, place: settings.Settings) -> dict[str, object]:
-    """What a backup holds and what belongs beside it. Raises _CommandError where it fails the check."""
-    with _reading_copy(partial) as conn:
-        found = _examine(conn, partial)
-        _refuse_faults(found.faults, place.db_path, "No backup was made: restore one made before.")
-        inventory = _inventory(conn, place, found)
-    with partial.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _say_contents(found)
-    return {
-        "sha256": digest,
-        "bytes": partial.stat().st_size,
-        "schema_version": found.version,
-        "rows": found.rows,
-        "images_dir": str(place.images),
-        "projects_dir": str(place.projects),
-        **inventory,
-    }
-
-
-@contextmanager
-def _reading_copy(path: Path) -> Iterator[Connection]:
-    """A connection to a file that nobody else uses."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        conn.execute("PRAGMA trusted_schema=OFF")
-        yield conn
-
-
-def _inventory(conn: Connection, place: settings.Settings, found: _Findings) -> dict[str, list[dict[str, Any]]]:
-    """The files that the rows speak of, and what of them is on disk now; sizes in bytes."""
-    progress = Progress(_tell, "looking at images and folders")
-    images = []
-    if "message_images" in found.rows:
-        for message_id, file in conn.execute("SELECT message_id, file FROM message_images ORDER BY id"):
-            images.append({"message_id": message_id, "file": file, **_image_on_disk(place.images / file)})
-            progress(len(images), found.rows["message_images"])
-    projects = []
-    for project_id, path in conn.execute("SELECT id, project_path FROM projects ORDER BY id"):
-        projects.append({"id": project_id, "path": path, **_folder_on_disk(path)})
-        progress(len(projects), found.rows["projects"])
-    return {"images": images, "projects": projects}
-
-
-def _image_on_disk(path: Path) -> dict[str, Any]:
-    there = path.is_file()
-    return {"there": there, "bytes": path.stat().st_size if there else 0}
-
-
-def _folder_on_disk(path: str) -> dict[str, Any]:
-    """A project of old may have no folder: its path is empty."""
-    files = size = 0
-    for top, _, names in os.walk(path) if path else ():
-        for name in names:
-            with suppress(FileNotFoundError):  # removed meanwhile
-                size += Path(top, name).lstat().st_size
-                files += 1
-    return {"there": bool(path) and Path(path).is_dir(), "files": files, "bytes": size}
-
-
-# --- restore
-
-
-def _restore(place: settings.Settings, given: argparse.Namespace) -> None:
-    """Puts a checked copy of a backup in the database's place; a kill at any moment leaves one of the two whole."""
-    source, path, new = given.file.absolute(), place.db_path, _beside(place.db_path, ".restoring")
-    if not source.is_file():
-        raise _CommandError(FILE_PROBLEM, f"{source} is not there, or is no file: name a backup.")
-    if path.exists() and source.samefile(path):
-        raise _CommandError(FILE_PROBLEM, f"{source} is the database itself: name a backup.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(FileLock(_beside(path, ".lock"))) as lock, lock:  # a service that starts now waits for the end
-        _refuse_while_served(path)
-        _refuse_while_served(source)
-        _forget_unfinished(path, new)
-        try:
-            found, differences = _copy_checked(place, source, new)
-            kept = _swap(path, new)
-        finally:
-            _remove(new)
-    _say(f"restored: {source} is now {path}")
-    if kept:
-        _say(f"the database that was there: {kept}")
-    _say_contents(found)
-    if found.version < len(MIGRATIONS):
-        _say("its schema is older: the next start brings it up to date")
-    _say_some("attention", differences)
-
-
-def _refuse_while_served(path: Path) -> None:
-    """Raises _CommandError while a service runs on this database."""
-    lease = Lease(_beside(path, ".workers"))
-    living = [file.read_text() for file in _beside(path, ".workers").glob("*") if lease.alive(file.name)]
-    if living:
-        who = ", ".join(f"process {pid}" if pid else "a process of older code" for pid in sorted(living))
-        advice = "Stop it (pm2 stop clawd-backend, or Ctrl-C), wait until it has ended, and try again."
-        raise _CommandError(IN_USE, f"A service runs on {path}: {who}. Nothing was changed. {advice}")
-
-
-def _forget_unfinished(path: Path, new: Path) -> None:
-    """Removes what a restore that was killed left; a second name of the database itself is no copy of it."""
-    _remove(new)
-    for kept in path.parent.iterdir():
-        ours = kept.name.startswith(f"{path.name}.") and kept.name.endswith(".replaced.backup")
-        if ours and path.exists() and kept.samefile(path):
-            kept.unlink()
-
-
-def _copy_checked(place: settings.Settings, source: Path, new: Path) -> tuple[_Findings, list[str]]:
-    """Copies a backup, with what lies beside it where it was no backup but a database, and checks the copy."""
-    listed = _read_list(source)
-    digest = _copy_file(source, new)
-    if listed and listed["sha256"] != digest:
-        advice = f"Use another backup; to take this one in spite of it, delete {source.name}.files.json."
-        raise _CommandError(DAMAGED, f"{source} is not as `backup` wrote it: its SHA-256 differs. {advice}")
-    for suffix in ("-wal", "-journal"):
-        if _beside(source, suffix).exists():
-            _copy_file(_beside(source, suffix), _beside(new, suffix))
-    with _reading_copy(new) as conn:
-        found = _examine(conn, new)
-        _refuse_faults(found.faults + _too_new(found.version), source, "The database is as it was.")
-        differences = _differences(_inventory(conn, place, found), listed, place)
-        conn.execute("PRAGMA journal_mode=WAL")  # as the service has it; on closing all is in the one file
-    if any(_beside(new, suffix).exists() for suffix in _BESIDE):
-        raise _CommandError(FILE_PROBLEM, f"{new} could not be written out: look at the disk. Nothing was changed.")
-    _take_after(place.db_path, new)
-    _sync(new)
-    return found, differences
-
-
-def _copy_file(source: Path, target: Path) -> str:
-    """Copies a file's bytes; returns their SHA-256 in hex."""
-    digest, size, done, progress = hashlib.sha256(), source.stat().st_size, 0, Progress(_tell, "copying")
-    with source.open("rb") as read, os.fdopen(_new_file(target), "wb") as write:
-        while chunk := read.read(4 * 1024 * 1024):
-            write.write(chunk)
-            digest.update(chunk)
-            done += len(chunk)
-            progress(done, size)
-    return digest.hexdigest()
-
-
-def _read_list(source: Path) -> dict[str, Any] | None:
-    """The list of files beside a backup: the images' by name, the projects' by id. None where there is none."""
-    path = _beside(source, ".files.json")
-    try:
-        listed = json.loads(path.read_bytes())
-        return {
-            "sha256": listed["sha256"],
-            "images": {image["file"]: image["bytes"] for image in listed["images"] if image["there"]},
-            "projects": {project["id"]: project["files"] for project in listed["projects"] if project["there"]},
-        }
-    except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError) as error:
-        raise _CommandError(DAMAGED, f"{path} is damaged: delete it to restore without it.") from error
-
-
-def _differences(
-    inventory: dict[str, list[dict[str, Any]]], listed: dict[str, Any] | None, place: settings.Settings
-) -> list[str]:
-    """What the rows or the list speak of and is not on disk as it was."""
-    images, projects = (listed["images"], listed["projects"]) if listed else ({}, {})
-    told = []
-    for image in inventory["images"]:
-        if not image["there"]:
-            already = "" if not listed or image["file"] in images else ", as it was when the backup was made"
-            told.append(f"the image {place.images / image['file']} is missing{already}")
-        elif image["bytes"] != images.get(image["file"], image["bytes"]):
-            told.append(f"the image {place.images / image['file']} has another size than in the backup")
-    for project in inventory["projects"]:
-        if not project["there"] and project["path"]:
-            already = "" if not listed or project["id"] in projects else ", as it was when the backup was made"
-            told.append(f"the folder {project['path']} of project {project['id']} is missing{already}")
-        elif project["files"] < projects.get(project["id"], 0):
-            had = projects[project["id"]]
-            told.append(f"the folder {project['path']} has {project['files']} files, it had {had} at the backup")
-    return told
-
-
-def _take_after(path: Path, new: Path) -> None:
-    """Gives the new file the owner and mode of the one that it replaces, which root may do for another user."""
-    if path.exists():
-        old, own = path.stat(), new.stat()
-        if (old.st_uid, old.st_gid) != (own.st_uid, own.st_gid):
-            os.chown(new, old.st_uid, old.st_gid)
-        new.chmod(old.st_mode & 0o777)
-
-
-def _swap(path: Path, new: Path) -> Path | None:
-    """Renames the new database into its place; the old one stays under another name, which is returned.
-
-    No -wal or -journal of the old may ever lie beside the new: SQLite would play it into it.
-    """
-    if path.exists():
-        _close_down(path)
-    kept = _beside(path, f".{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.replaced.backup")
-    if path.exists():
-        os.link(path, kept)
-    for suffix in _BESIDE:  # only a damaged one has these, or one that was deleted by hand
-        if _beside(path, suffix).exists():
-            _beside(path, suffix).rename(_beside(kept, suffix))
-    _sync(path.parent)
-    new.replace(path)
-    _sync(path.parent)
-    return kept if kept.exists() else None
-
-
-def _close_down(path: Path) -> None:
-    """Brings what the -wal holds into the database and closes it, alone; a damaged one stays as it is."""
-    try:
-        with closing(_connect_to_read(path)) as conn:
-            conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        with closing(sqlite3.connect(path, isolation_level=None)) as conn:
-            conn.execute("PRAGMA journal_mode=DELETE")
-    except sqlite3.DatabaseError as error:
-        if _status(error) != DAMAGED:
-            raise
-
-
-# --- check
-
-
-def _check(place: settings.Settings, _: argparse.Namespace) -> None:
-    """Says what is in the database. Raises _CommandError where something is wrong with it."""
-    with _reading(place.db_path) as conn:
-        found = _examine(conn, place.db_path)
-        missing = _missing_images(conn, place, found) & _missing_images(conn, place, found)  # not deleted meanwhile
-    _say(f"database: {place.db_path}")
-    _say_contents(found)
-    _say_some("missing image", sorted(missing))
-    _refuse_faults(found.faults + _too_new(found.version), place.db_path, "Restore a backup.")
-    if missing:
-        raise _CommandError(DAMAGED, f"The database is sound; bring the missing files back into {place.images}.")
-    _say("the database is sound, and every image is there")
-
-
-def _missing_images(conn: Connection, place: settings.Settings, found: _Findings) -> set[str]:
-    if "message_images" not in found.rows:
-        return set()
-    files = [row[0] for row in conn.execute("SELECT DISTINCT file FROM message_images")]
-    return {file for file in files if not (place.images / file).is_file()}
-
-
-# --- claim
-
-
-def _claim(place: settings.Settings, given: argparse.Namespace) -> None:
-    """Gives the projects of an account that nobody can sign into to somebody."""
-    with _reading(place.db_path) as conn:
-        version = int(conn.execute("PRAGMA user_version").fetchone()[0])
-    if version != len(MIGRATIONS):
-        start = "Start the service of this code once: it brings the database up to date."
-        raise _CommandError(FILE_PROBLEM, f"{place.db_path} has schema version {version}. {start}")
-    with ExitStack() as stack:
-        stack.enter_context(stack.enter_context(closing(FileLock(_beside(place.db_path, ".lock")))))
-        conn = stack.enter_context(closing(connect(place.db_path, read_only=False)))
-        conn.execute("BEGIN IMMEDIATE")
-        try:
-            count = claim_projects(conn, given.from_user, given.to)
-        except errors.Invalid as error:
-            raise _CommandError(2, error.message) from error
-        conn.execute("COMMIT")
-    _say(f"{count} projects of user {given.from_user} belong to {given.to} now")
-
-
-# --- arguments and exit statuses
-
-
-def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    about = "Backs up, restores and checks the database of clawd-backend, and claims what nobody can sign in for."
-    parser = argparse.ArgumentParser("database.py", description=about, epilog=_EXIT_STATUSES, formatter_class=formatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(
-        name: str, run: Callable[[settings.Settings, argparse.Namespace], None], does: str
-    ) -> Callable[..., object]:
-        command = commands.add_parser(
-            name, help=does, description=does, epilog=_EXIT_STATUSES, formatter_class=formatter
-        )
-        command.add_argument("--database", type=Path, metavar="PATH", help="the database, in place of DB_PATH")
-        command.set_defaults(run=run)
-        return command.add_argument
-
-    add("backup", _backup, "Copies the database to FILE, while the service runs or not.")(
-        "file", metavar="FILE", type=Path
-    )
-    add("restore", _restore, "Puts FILE in the database's place; the service must have ended.")(
-        "file", metavar="FILE", type=Path
-    )
-    add("check", _check, "Checks the database, while the service runs or not.")
-    claim = add("claim", _claim, "Gives the projects of an account without e-mail or password to another account.")
-    claim("--from-user", type=int, required=True, metavar="ID", help="the account that nobody can sign into")
-    claim("--to", required=True, metavar="EMAIL", help="the account that gets them")
-    return parser
-
-
-def _status(error: sqlite3.Error) -> int:
-    """The exit status for what SQLite says."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return IN_USE
-    return DAMAGED if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else FILE_PROBLEM
-
-
-_ADVICE = {
-    DAMAGED: "The database is damaged, or none: restore a backup.",
-    IN_USE: "Another program uses the database, such as a sqlite3 shell or a backup: end it and try again.",
-    FILE_PROBLEM: "Look at the disk and at who may write there, and try again.",
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command of `python database.py`; returns its exit status. Raises SystemExit for wrong arguments."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    try:
-        place = settings.load()
-    except SystemExit as wrong:
-        parser.error(str(wrong))
-    if given.database:
-        place = place.model_copy(update={"db_path": given.database.resolve()})
-    try:
-        given.run(place, given)
-    except _CommandError as error:
-        _tell(str(error))
-        return error.status
-    except sqlite3.Error as error:
-        _tell(f"SQLite says: {error}. {_ADVICE[_status(error)]}")
-        return _status(error)
-    except OSError as error:
-        _tell(f"{error.filename or 'the disk'}: {error.strerror}. {_ADVICE[FILE_PROBLEM]}")
-        return FILE_PROBLEM
-    except errors.AppError as error:
-        _tell(f"{error.message} {_ADVICE[FILE_PROBLEM]}")
-        return FILE_PROBLEM
-    except KeyboardInterrupt:
-        _tell("Interrupted: nothing is done but what is said above.")
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_module("admin", run_name="__main__", alter_sys=True)

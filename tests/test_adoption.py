@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+import admin
 import clock
 import database
 import errors
@@ -173,7 +174,7 @@ def test_a_strangers_table_stays(path: Path) -> None:
     )
     adopt(path)
     assert rows(path, "SELECT message_id FROM attachments ORDER BY id") == [(357,), (12,), (9999,)]
-    assert database.main(["backup", str(path.parent / "some.backup"), "--database", str(path)]) == 0
+    assert admin.main(["backup", str(path.parent / "some.backup"), "--database", str(path)]) == 0
     assert rows(path, "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name = 'forward'") == [("forward",)]
 
 

@@ -18,7 +18,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # From the top; a room imports from the layers below its own.
 LAYERS = (
     ("serve",),
-    ("app",),
+    ("app", "admin"),
+    ("backup",),
     ("project_manager", "chat_handlers"),
     ("auth",),
     ("web",),
@@ -69,7 +70,7 @@ SQL = re.compile(
 MOST_LINES = 50
 MOST_LINES_OF_A_FILE = 450
 # Files that are longer still, with the length that they may not exceed. The list may only shrink.
-DEBTS: dict[str, int] = {"app": 596, "database": 1961, "gateway": 503, "serve": 705, "turns": 551}
+DEBTS: dict[str, int] = {"app": 596, "database": 1440, "gateway": 503, "serve": 705, "turns": 551}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -242,7 +243,10 @@ def test_errors_is_the_ground() -> None:
 # --- who owns what ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room != "database"])
+SPEAK_SQL = {"database", "backup", "admin"}
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if noun(room) not in SPEAK_SQL])
 def test_sql_is_the_databases(room: str) -> None:
     """Nobody else runs a statement, writes one, or opens a connection."""
     runs = [call for name, call in called(room) if name in ("execute", "executemany", "executescript", "cursor")]

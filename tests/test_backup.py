@@ -20,6 +20,8 @@ from types import FrameType
 
 import pytest
 
+import admin
+import backup
 import database
 import errors
 from database import Database, FileLock
@@ -52,7 +54,7 @@ def command(*words: str | Path, shell: str = "") -> subprocess.CompletedProcess[
 
 def run(*words: str | Path) -> int:
     """The exit status of the command, run within the test."""
-    return database.main([str(word) for word in words])
+    return admin.main([str(word) for word in words])
 
 
 def make(path: Path, *emails: str) -> Path:
@@ -228,13 +230,13 @@ def restore_until(words: list[str], moment: int, counted: "multiprocessing.Queue
 
     def count(frame: FrameType, event: str, _: object) -> None:
         nonlocal calls
-        if event == "c_call" and frame.f_code.co_filename == database.__file__:
+        if event == "c_call" and frame.f_code.co_filename in (backup.__file__, database.__file__):
             if calls == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             calls += 1
 
     sys.setprofile(count)
-    status = database.main(words)
+    status = admin.main(words)
     sys.setprofile(None)
     assert status == DONE
     counted.put(calls)

@@ -35,7 +35,7 @@ def test_each_table_that_refers_to_others_is_checked(tmp_path: Path) -> None:
     database.migrate(tmp_path / "new.db")
     query = "SELECT DISTINCT t.name FROM sqlite_master t, pragma_foreign_key_list(t.name) WHERE t.type = 'table'"
     with closing(sqlite3.connect(tmp_path / "new.db")) as conn:
-        assert {row[0] for row in conn.execute(query)} == set(database._REFERRING)
+        assert {row[0] for row in conn.execute(query)} == set(database.REFERRING)
 
 
 @pytest.mark.parametrize("kept", SCHEMAS, ids=lambda path: path.stem)
