@@ -379,7 +379,7 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
             images = image_handler.ImageStore(settings.images, secret)
             images.sweep(older_than=86_400)
             with _needs("DB_PATH", settings.db_path):
-                db = database.Database(settings.db_path, lambda key, text: _keep_image(images, key, text))
+                db = database.Database(settings.db_path, _adoption_context(images))
                 db.open()
             stack.callback(db.close)
             openclaw = gateway.Gateway(
@@ -410,9 +410,12 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
     return lifespan
 
 
-def _keep_image(images: image_handler.ImageStore, session_key: str, source: str) -> database.KeptImage | None:
-    kept = images.adopt(session_key, source)
-    return kept and database.KeptImage(*kept)
+def _adoption_context(images: image_handler.ImageStore) -> database.AdoptionContext:
+    def keep(session_key: str, source: str) -> database.KeptImage | None:
+        kept = images.adopt(session_key, source)
+        return kept and database.KeptImage(*kept)
+
+    return database.AdoptionContext(keep, environment.CHECKOUT)
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from sqlite3 import Connection
 from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import errors
-import settings
 from clock import now
 from telemetry import Progress
 
@@ -257,10 +256,10 @@ class Database:
     writer. Nothing is opened before `open`.
     """
 
-    def __init__(self, path: Path, keep_image: "KeepImage | None" = None) -> None:
-        """`keep_image` makes a file of an image that a database of old holds."""
+    def __init__(self, path: Path, adoption: "AdoptionContext | None" = None) -> None:
+        """`adoption` is what the migration of a legacy database needs of the service."""
         self.path = path
-        self._keep_image = keep_image
+        self._adoption = adoption
         self.lease = Lease(path.with_name(path.name + ".workers"))
         self._local = threading.local()
         self._opened: list[Connection] = []
@@ -274,7 +273,7 @@ class Database:
             with self._lock:
                 self.lease.take()  # a `restore` holds the lock while it looks who lives and replaces the file
                 undo.callback(self.lease.release)
-                migrate(self.path, self._keep_image)
+                migrate(self.path, self._adoption)
                 writing = connect(self.path, read_only=False)
                 self._reader = connect(self.path, read_only=True)
             undo.pop_all()
@@ -354,7 +353,16 @@ class KeptImage(NamedTuple):
     whole: bool
 
 
-KeepImage = Callable[[str, str], KeptImage | None]  # (session key, base64) → None for what is no image
+class AdoptionContext(NamedTuple):
+    """What the migration of a legacy database needs of the service around it.
+
+    `keep_image(session key, base64)` makes a file of an image, or returns None for what is not an image.
+    `checkout` is the directory at which relative project paths begin.
+    """
+
+    keep_image: Callable[[str, str], KeptImage | None]
+    checkout: Path
+
 
 # What production ran on before there were migrations, and what each column counts as where it is missing or
 # NULL. In a new database these tables are empty for a moment.
@@ -486,13 +494,13 @@ _RULES = (
 )
 
 
-def adopt(conn: Connection, keep_image: KeepImage) -> None:
+def adopt(conn: Connection, context: AdoptionContext) -> None:
     """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
     conn.execute(_KEPT)
     existing = {row[0].lower() for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     for table, columns in LEGACY.items():
         _complete_table(conn, table, columns, existing)
-    _make_paths_absolute(conn)
+    _make_paths_absolute(conn, context.checkout)
     for statement in (*_TABLES, *_COPIES):
         conn.execute(statement)
     total, done = _count(conn, "messages"), 0
@@ -504,7 +512,7 @@ def adopt(conn: Connection, keep_image: KeepImage) -> None:
         done += _BATCH
         progress(done, total)
         last = until
-    images = _adopt_images(conn, keep_image)
+    images = _adopt_images(conn, context)
     for statement in (*_REPLACE, *_RULES):
         conn.execute(statement)
     if existing & LEGACY.keys():
@@ -551,13 +559,11 @@ def _complete_table(conn: Connection, table: str, columns: dict[str, str], exist
         _mend_texts(conn, table, [column for column in columns if _is_text(column)], -MAX_ID, MAX_ID)
 
 
-def _make_paths_absolute(conn: Connection) -> None:
+def _make_paths_absolute(conn: Connection, checkout: Path) -> None:
     """A relative path of old began where the service ran: at the checkout. What it was is kept."""
     relative = "project_path <> '' AND project_path NOT LIKE '/%'"
     _keep_values(conn, "projects", "project_path", relative)
-    conn.execute(
-        f"UPDATE projects SET project_path = ? || '/' || project_path WHERE {relative}", (str(settings.CHECKOUT),)
-    )
+    conn.execute(f"UPDATE projects SET project_path = ? || '/' || project_path WHERE {relative}", (str(checkout),))
 
 
 def _quoted(name: str) -> str:
@@ -615,7 +621,7 @@ def _batch_end(conn: Connection, after: int) -> int | None:
     return None if row[0] is None else int(row[0])
 
 
-def _adopt_images(conn: Connection, keep_image: KeepImage) -> tuple[int, int]:
+def _adopt_images(conn: Connection, context: AdoptionContext) -> tuple[int, int]:
     """Makes files of the images of old; how many, and how many are no images."""
     ids = _ids(conn, "SELECT id FROM new_messages WHERE legacy_image <> ''")
     progress = Progress(log.info, f"adopting {len(ids):,} images")
@@ -626,7 +632,7 @@ def _adopt_images(conn: Connection, keep_image: KeepImage) -> tuple[int, int]:
             "WHERE m.id = ?",
             (message_id,),
         ).fetchone()
-        kept = keep_image(session_key, image)
+        kept = context.keep_image(session_key, image)
         if kept is not None:
             files += 1
             conn.execute("INSERT INTO message_images (message_id, file) VALUES (?, ?)", (message_id, kept.file))
@@ -636,7 +642,7 @@ def _adopt_images(conn: Connection, keep_image: KeepImage) -> tuple[int, int]:
     return files, len(ids) - files
 
 
-MIGRATIONS: tuple[Callable[[Connection, KeepImage], None], ...] = (adopt,)
+MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt,)
 
 
 # The tables of ours that refer to others. What a stranger's table refers to is its own affair.
@@ -648,9 +654,9 @@ def email_key(email: str | None) -> str | None:
     return email and unicodedata.normalize("NFC", email).casefold()
 
 
-def migrate(path: Path, keep_image: KeepImage | None = None) -> None:
-    """Brings the file to the newest schema, a copy of it beside it first. Without `keep_image` the images of old
-    stay in their column.
+def migrate(path: Path, context: AdoptionContext | None = None) -> None:
+    """Brings the file to the newest schema, a copy of it beside it first. Without a context the images of a legacy
+    database stay in their column, and its relative paths begin at the current directory.
 
     Raises errors.Unavailable, and leaves the file as it is, where it is newer than this code, damaged, or no
     database.
@@ -668,7 +674,7 @@ def migrate(path: Path, keep_image: KeepImage | None = None) -> None:
             if old:
                 _check_integrity(conn, path)
         if version < len(MIGRATIONS):
-            _walk_up(path, version, old, keep_image or (lambda _key, _image: None))
+            _walk_up(path, version, old, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             message = f"{path} cannot be opened as a database: {error}. {_RESTORE}"
@@ -687,7 +693,7 @@ def _connect_to_look(path: Path) -> Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
-def _walk_up(path: Path, version: int, old: bool, keep_image: KeepImage) -> None:
+def _walk_up(path: Path, version: int, old: bool, context: AdoptionContext) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.create_function("email_key", 1, email_key, deterministic=True)
         if old:
@@ -695,7 +701,7 @@ def _walk_up(path: Path, version: int, old: bool, keep_image: KeepImage) -> None
         conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for as long as this takes
         conn.execute("PRAGMA legacy_alter_table=ON")  # a view on the tables of old must not be in the way
         for number in range(version, len(MIGRATIONS)):
-            _apply(conn, MIGRATIONS[number], number + 1, keep_image)
+            _apply(conn, MIGRATIONS[number], number + 1, context)
 
 
 def _check_integrity(conn: Connection, path: Path) -> None:
@@ -725,11 +731,14 @@ def _copy_beside(conn: Connection, path: Path, version: int) -> None:
 
 
 def _apply(
-    conn: Connection, migration: Callable[[Connection, KeepImage], None], version: int, keep_image: KeepImage
+    conn: Connection,
+    migration: Callable[[Connection, AdoptionContext], None],
+    version: int,
+    context: AdoptionContext,
 ) -> None:
     conn.execute("BEGIN IMMEDIATE")
     try:
-        migration(conn, keep_image)
+        migration(conn, context)
         for table in REFERRING:
             if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
                 raise sqlite3.IntegrityError(f"a row of {table} refers to one that is not there")

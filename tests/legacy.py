@@ -13,6 +13,7 @@ import PIL.Image
 
 import database
 from image_handler import ImageStore
+from settings import CHECKOUT
 
 SCHEMA = (Path(__file__).parent / "legacy_schema.sql").read_text(encoding="utf-8")
 OLD_PASSWORD = {"Ada@Example.com": "test123", "bob@example.com": "hunter22!"}
@@ -87,7 +88,7 @@ def adopt(path: Path) -> ImageStore:
         kept = store.adopt(key, text)
         return kept and database.KeptImage(*kept)
 
-    database.migrate(path, keep)
+    database.migrate(path, database.AdoptionContext(keep, CHECKOUT))
     return store
 
 

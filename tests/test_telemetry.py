@@ -525,7 +525,7 @@ def test_a_commit_that_fails_says_whose_it_was(tmp_path: Path, log: Log) -> None
         go_on.set()
         await asyncio.gather(held, *others)
 
-    db = database.Database(tmp_path / "a.db", lambda _, __: None)
+    db = database.Database(tmp_path / "a.db")
     db.open()
     log.start("json")
     asyncio.run(story())
