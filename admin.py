@@ -23,7 +23,8 @@ from backup import (
     say,
     tell,
 )
-from database import MIGRATIONS, FileLock, claim_projects, connect
+from database import FileLock, claim_projects, connect
+from sql import MIGRATIONS
 
 _EXIT_STATUSES = """exit status:
   0  done

@@ -37,6 +37,7 @@ import gateway
 import image_handler
 import project_manager
 import settings as environment
+import sql
 import telemetry
 from settings import Settings
 from turns import FINAL, Turns
@@ -410,12 +411,12 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
     return lifespan
 
 
-def _adoption_context(images: image_handler.ImageStore) -> database.AdoptionContext:
-    def keep(session_key: str, source: str) -> database.KeptImage | None:
+def _adoption_context(images: image_handler.ImageStore) -> sql.AdoptionContext:
+    def keep(session_key: str, source: str) -> sql.KeptImage | None:
         kept = images.adopt(session_key, source)
-        return kept and database.KeptImage(*kept)
+        return kept and sql.KeptImage(*kept)
 
-    return database.AdoptionContext(keep, environment.CHECKOUT)
+    return sql.AdoptionContext(keep, environment.CHECKOUT)
 
 
 @contextmanager

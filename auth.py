@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 import database
 import errors
 import file_utils
+import sql
 import telemetry
 from settings import Settings
 from web import Body, OpenParts
@@ -145,7 +146,7 @@ def _claims(claims: dict[str, Any]) -> Claims:
     subject, version, jti, expires_at = (claims[name] for name in ("sub", "ver", "jti", "exp"))
     if not re.fullmatch("[0-9]{1,18}", subject) or not re.fullmatch("[0-9a-f]{32}", jti):
         raise ValueError("a claim is not ours")
-    if type(version) is not int or type(expires_at) is not int or max(version, expires_at) > database.MAX_ID:
+    if type(version) is not int or type(expires_at) is not int or max(version, expires_at) > sql.MAX_ID:
         raise ValueError("a claim is not ours")
     return Claims(int(subject), version, jti, expires_at)
 
@@ -351,7 +352,7 @@ async def log_in(body: LoginIn, request: Request, identity: OpenIdentity, parts:
     """Signs in. A wrong password and an unknown e-mail are one answer, in words and in time."""
     email = body.email.strip()
     user = parts.db.read(database.select_user_by_email, email)
-    who = (f"login {database.email_key(email)}", _address(request))
+    who = (f"login {sql.email_key(email)}", _address(request))
     better = await identity.passwords.verify(body.password, user and user.password, identity.throttle, who)
     if user is None:  # which no password fits: `verify` has raised
         raise _unauthorized()

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import file_utils
 import settings
 from clock import now
-from database import LEGACY, MIGRATIONS, REFERRING, FileLock, Lease
+from database import FileLock, Lease
+from sql import LEGACY, MIGRATIONS, REFERRING
 from telemetry import Progress
 
 DAMAGED, IN_USE, FILE_PROBLEM = 1, 3, 4  # exit statuses; 0 is done, 2 is argparse's

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 import database
 import errors
 import image_handler
+import sql
 import telemetry
 from auth import CurrentUser
 from turns import LiveReply, Said
@@ -306,7 +307,7 @@ async def list_messages(
     user: CurrentUser,
     parts: OpenParts,
     limit: Annotated[int | None, Query(ge=1, le=10_000, description="Only the newest so many.")] = None,
-    before: Annotated[int | None, Query(ge=1, le=database.MAX_ID, description="Only older than this id.")] = None,
+    before: Annotated[int | None, Query(ge=1, le=sql.MAX_ID, description="Only older than this id.")] = None,
 ) -> Response:
     """The messages of a session, oldest first."""
     telemetry.note(session_id=session_id)
@@ -358,7 +359,7 @@ async def resume_stream(
     parts: OpenParts,
     last_event_id: Annotated[str | None, Header(description="Goes before `from`.")] = None,
     start: Annotated[
-        int, Query(alias="from", ge=0, le=database.MAX_ID, description="Characters that are there already.")
+        int, Query(alias="from", ge=0, le=sql.MAX_ID, description="Characters that are there already.")
     ] = 0,
 ) -> Response:
     """A reply's remaining frames from an offset on, live while it runs."""

@@ -6,8 +6,6 @@ As a program it is `admin`: `python database.py --help`.
 
 import asyncio
 import fcntl
-import filecmp
-import glob
 import json
 import logging
 import os
@@ -16,22 +14,20 @@ import runpy
 import sqlite3
 import threading
 import time
-import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from contextvars import Context, copy_context
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import errors
+import sql
 from clock import now
-from telemetry import Progress
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +35,6 @@ Status = Literal["queued", "streaming", "complete", "stopped", "interrupted", "f
 
 log = logging.getLogger("clawd.database")
 
-MAX_ID = 2**63 - 1  # SQLite's largest integer; Python's sqlite3 raises OverflowError past it
 WAITING_TURNS = 10  # contract: at most 10 turns wait in a session
 
 
@@ -256,7 +251,7 @@ class Database:
     writer. Nothing is opened before `open`.
     """
 
-    def __init__(self, path: Path, adoption: "AdoptionContext | None" = None) -> None:
+    def __init__(self, path: Path, adoption: "sql.AdoptionContext | None" = None) -> None:
         """`adoption` is what the migration of a legacy database needs of the service."""
         self.path = path
         self._adoption = adoption
@@ -273,7 +268,7 @@ class Database:
             with self._lock:
                 self.lease.take()  # a `restore` holds the lock while it looks who lives and replaces the file
                 undo.callback(self.lease.release)
-                migrate(self.path, self._adoption)
+                sql.migrate(self.path, self._adoption)
                 writing = connect(self.path, read_only=False)
                 self._reader = connect(self.path, read_only=True)
             undo.pop_all()
@@ -339,414 +334,6 @@ class Database:
     def write_time(self) -> tuple[int, float]:
         """How many transactions were committed, and the seconds they took together."""
         return self._writer.commits, self._writer.seconds
-
-
-# --- migrations ---------------------------------------------------------------------------------------
-# Append only. Each runs in a transaction of its own together with its `user_version`, and only adds to what
-# the version before it left, because a process of that version may still be serving.
-
-
-class KeptImage(NamedTuple):
-    """The file that an image of old became; `whole` where it has every byte of it."""
-
-    file: str
-    whole: bool
-
-
-class AdoptionContext(NamedTuple):
-    """What the migration of a legacy database needs of the service around it.
-
-    `keep_image(session key, base64)` makes a file of an image, or returns None for what is not an image.
-    `checkout` is the directory at which relative project paths begin.
-    """
-
-    keep_image: Callable[[str, str], KeptImage | None]
-    checkout: Path
-
-
-# What production ran on before there were migrations, and what each column counts as where it is missing or
-# NULL. In a new database these tables are empty for a moment.
-LEGACY = {
-    "users": {"email": "NULL", "name": "NULL", "password": "NULL", "created_at": "NULL"},
-    "projects": {
-        **{"user_id": "0", "name": "'Project'", "description": "NULL", "project_path": "''", "archived": "0"},
-        **{"created_at": "NULL", "updated_at": "NULL"},
-    },
-    "sessions": {
-        **{"project_id": "0", "session_key": "lower(hex(randomblob(16)))", "label": "NULL", "archived": "0"},
-        **{"scope": "'private'", "channel": "'webchat'", "agent_id": "'main'", "created_at": "NULL"},
-        "last_used_at": "NULL",
-    },
-    "messages": {
-        **{"session_id": "0", "role": "'assistant'", "content": "''", "created_at": "NULL", "image": "NULL"},
-    },
-}
-_NUMBERS = {"user_id", "project_id", "session_id", "archived"}
-_TIMES = {"created_at", "updated_at", "last_used_at"}
-_UNIQUE = {"email", "session_key"}
-_BATCH = 50_000  # rows that are copied at once
-
-
-def _time(column: str) -> str:
-    """SQL for a time of old as the contract writes it, NULL where it cannot be read: text in UTC or with an
-    offset, or unix seconds or milliseconds. SQLite alone would read `now` and `12:30` too, which are no instants."""
-    seconds = f"CASE WHEN {column} BETWEEN -100000000000 AND 100000000000 THEN {column} ELSE {column} / 1000.0 END"
-    form = "'%Y-%m-%dT%H:%M:%fZ'"
-    return (
-        f"CASE WHEN typeof({column}) IN ('integer', 'real') THEN strftime({form}, {seconds}, 'unixepoch') "
-        f"WHEN {column} LIKE '____-__-__%' THEN strftime({form}, {column}) END"
-    )
-
-
-def _time_or_now(column: str) -> str:
-    return f"coalesce({_time(column)}, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
-
-
-# Whatever could not go into the new tables as it was: columns that nobody knows, times that cannot be read,
-# bytes that are no text. `value` is what stood there.
-_KEPT = """CREATE TABLE legacy_values (table_name TEXT NOT NULL, row_id INTEGER NOT NULL,
-           column_name TEXT NOT NULL, value, PRIMARY KEY (table_name, row_id, column_name)) WITHOUT ROWID"""
-_TABLES = (
-    # An account of old whose e-mail differs from another's by case alone keeps its own spelling as its key.
-    """CREATE TABLE new_users (id INTEGER PRIMARY KEY AUTOINCREMENT, email TEXT, email_key TEXT UNIQUE, name TEXT,
-       password TEXT, token_version INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL)""",
-    """CREATE TABLE new_projects (id INTEGER PRIMARY KEY AUTOINCREMENT,
-       user_id INTEGER NOT NULL REFERENCES users(id) ON DELETE CASCADE, name TEXT NOT NULL, description TEXT,
-       project_path TEXT NOT NULL, archived INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL,
-       updated_at TEXT NOT NULL)""",
-    """CREATE TABLE new_sessions (id INTEGER PRIMARY KEY AUTOINCREMENT,
-       project_id INTEGER NOT NULL REFERENCES projects(id) ON DELETE CASCADE, session_key TEXT NOT NULL UNIQUE,
-       label TEXT, archived INTEGER NOT NULL DEFAULT 0 CHECK (archived IN (0, 1)),
-       scope TEXT NOT NULL DEFAULT 'private', channel TEXT NOT NULL DEFAULT 'webchat',
-       agent_id TEXT NOT NULL DEFAULT 'main', created_at TEXT NOT NULL, last_used_at TEXT)""",
-    """CREATE TABLE new_messages (id INTEGER PRIMARY KEY AUTOINCREMENT,
-       session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE, role TEXT NOT NULL,
-       content TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'complete' CHECK (status IN
-       ('queued', 'streaming', 'complete', 'stopped', 'interrupted', 'failed', 'empty')),
-       error TEXT, usage TEXT, created_at TEXT NOT NULL, legacy_image TEXT)""",
-    """CREATE TABLE message_images (id INTEGER PRIMARY KEY AUTOINCREMENT,
-       message_id INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE, file TEXT NOT NULL)""",
-)
-_COPIES = (
-    f"""INSERT INTO new_users (id, email, email_key, name, password, created_at)
-        SELECT id, email, CASE WHEN row_number() OVER (PARTITION BY email_key(email)
-                               ORDER BY email <> email_key(email), id) = 1 THEN email_key(email) ELSE email END,
-               name, password, {_time_or_now("created_at")} FROM users""",
-    f"""INSERT INTO new_projects SELECT id, user_id, name, description, project_path, archived,
-        {_time_or_now("created_at")}, {_time_or_now("updated_at")}
-        FROM projects WHERE user_id IN (SELECT id FROM users)""",
-    f"""INSERT INTO new_sessions SELECT id, project_id, session_key, label, archived <> 0, scope, channel,
-        agent_id, {_time_or_now("created_at")}, {_time("last_used_at")}
-        FROM sessions WHERE project_id IN (SELECT id FROM new_projects)""",
-)
-_COPY_MESSAGES = f"""INSERT INTO new_messages (id, session_id, role, content, created_at, legacy_image)
-    SELECT id, session_id, role, content, {_time_or_now("created_at")}, image FROM messages
-    WHERE id > ? AND id <= ? AND session_id IN (SELECT id FROM new_sessions)"""
-# What belongs to nobody is kept as it was. No id is ever used again, not even a deleted row's.
-_REPLACE = (
-    "CREATE TABLE orphaned_projects AS SELECT * FROM projects WHERE user_id NOT IN (SELECT id FROM users)",
-    "CREATE TABLE orphaned_sessions AS SELECT * FROM sessions WHERE project_id NOT IN (SELECT id FROM new_projects)",
-    """CREATE TABLE orphaned_messages AS SELECT * FROM messages
-       WHERE session_id NOT IN (SELECT id FROM new_sessions)""",
-    *(
-        statement.format(table)
-        for table in ("messages", "sessions", "projects", "users")
-        for statement in (
-            "DELETE FROM sqlite_sequence WHERE name = 'new_{0}'",
-            """INSERT INTO sqlite_sequence (name, seq) SELECT 'new_{0}', max(
-               coalesce((SELECT max(id) FROM {0}), 0),
-               coalesce((SELECT max(seq) FROM sqlite_sequence WHERE lower(name) = '{0}'), 0))""",
-            "DROP TABLE {0}",
-            "ALTER TABLE new_{0} RENAME TO {0}",
-        )
-    ),
-)
-_RULES = (
-    "CREATE INDEX projects_user ON projects(user_id)",
-    "CREATE INDEX sessions_project ON sessions(project_id)",
-    "CREATE INDEX messages_session ON messages(session_id)",
-    # One running reply a session, and the queue behind it.
-    "CREATE UNIQUE INDEX messages_streaming ON messages(session_id) WHERE status = 'streaming'",
-    "CREATE INDEX messages_queued ON messages(session_id, id) WHERE status = 'queued'",
-    """CREATE TRIGGER messages_status BEFORE UPDATE OF status ON messages
-       WHEN OLD.status <> NEW.status AND NOT (
-         (OLD.status = 'queued' AND NEW.status IN ('streaming', 'stopped')) OR (OLD.status = 'streaming'
-           AND NEW.status IN ('complete', 'stopped', 'interrupted', 'failed', 'empty')))
-       BEGIN SELECT RAISE(ABORT, 'a turn cannot go from one of these states to the other'); END""",
-    """CREATE TRIGGER messages_content BEFORE UPDATE OF content ON messages WHEN OLD.status <> 'streaming'
-       BEGIN SELECT RAISE(ABORT, 'only a running reply can change'); END""",
-    "CREATE INDEX message_images_message ON message_images(message_id)",
-    # A turn is its reply's row, and here what only its making needs. `owner` is the worker that runs it or
-    # whose client waits for it; NULL is up for grabs.
-    """CREATE TABLE turns (reply_id INTEGER PRIMARY KEY REFERENCES messages(id) ON DELETE CASCADE,
-       message_id INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-       session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
-       idempotency_key TEXT, digest TEXT NOT NULL, owner TEXT, run_id TEXT,
-       stop_requested INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE UNIQUE INDEX turns_key ON turns(session_id, idempotency_key) WHERE idempotency_key IS NOT NULL",
-    "CREATE INDEX turns_session ON turns(session_id)",
-    "CREATE INDEX turns_message ON turns(message_id)",
-    "CREATE TABLE revoked_tokens (jti TEXT PRIMARY KEY, expires_at INTEGER NOT NULL) WITHOUT ROWID",
-    # What a deleted row leaves to be done outside the database, tried until it is done.
-    """CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT,
-       kind TEXT NOT NULL CHECK (kind IN ('gateway_session', 'images', 'folder')), target TEXT NOT NULL,
-       owner TEXT, attempts INTEGER NOT NULL DEFAULT 0, due_at REAL NOT NULL)""",
-)
-
-
-def adopt(conn: Connection, context: AdoptionContext) -> None:
-    """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
-    conn.execute(_KEPT)
-    existing = {row[0].lower() for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    for table, columns in LEGACY.items():
-        _complete_table(conn, table, columns, existing)
-    _make_paths_absolute(conn, context.checkout)
-    for statement in (*_TABLES, *_COPIES):
-        conn.execute(statement)
-    total, done = _count(conn, "messages"), 0
-    progress = Progress(log.info, f"adopting {total:,} messages")
-    last = _first_id(conn)
-    while (until := _batch_end(conn, last)) is not None:
-        _mend_texts(conn, "messages", [column for column in LEGACY["messages"] if _is_text(column)], last, until)
-        conn.execute(_COPY_MESSAGES, (last, until))
-        done += _BATCH
-        progress(done, total)
-        last = until
-    images = _adopt_images(conn, context)
-    for statement in (*_REPLACE, *_RULES):
-        conn.execute(statement)
-    if existing & LEGACY.keys():
-        counts = [f"{_count(conn, table):,} {table}" for table in LEGACY]
-        orphans = [f"{_count(conn, f'orphaned_{table}'):,} {table}" for table in LEGACY if table != "users"]
-        log.info(
-            "adopted %s; without an owner, and kept aside: %s; images: %d are files now, %d are none and stay as "
-            "they were; %d values that fit nowhere are in legacy_values",
-            *(", ".join(counts), ", ".join(orphans), *images, _count(conn, "legacy_values")),
-        )
-
-
-def _count(conn: Connection, table: str) -> int:
-    return int(conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-
-
-def _is_text(column: str) -> bool:
-    return column not in _NUMBERS | _TIMES
-
-
-def _complete_table(conn: Connection, table: str, columns: dict[str, str], existing: set[str]) -> None:
-    """Gives a table of old all columns, and no NULL or unreadable value where the new one takes none; what that
-    changes is kept. Its triggers go."""
-    if table not in existing:
-        conn.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY AUTOINCREMENT)")
-    for (trigger,) in conn.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = ?", (table,)
-    ).fetchall():
-        log.info("the trigger %s on %s goes; the copy beside has it", trigger, table)
-        conn.execute(f"DROP TRIGGER {_quoted(trigger)}")
-    found = [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
-    known = {name.lower() for name in found}  # SQLite does not tell `Image` from `image`
-    for column, default in columns.items():
-        if column not in known:
-            conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
-        if default != "NULL":
-            conn.execute(f"UPDATE {table} SET {column} = {default} WHERE {column} IS NULL")
-        if column in _TIMES:
-            _keep_values(conn, table, column, f"{_time(column)} IS NULL")
-    for column in found:
-        if column.lower() not in (*columns, "id"):
-            _keep_values(conn, table, column, "1")
-    if table != "messages":  # whose texts are looked at in batches
-        _mend_texts(conn, table, [column for column in columns if _is_text(column)], -MAX_ID, MAX_ID)
-
-
-def _make_paths_absolute(conn: Connection, checkout: Path) -> None:
-    """A relative path of old began where the service ran: at the checkout. What it was is kept."""
-    relative = "project_path <> '' AND project_path NOT LIKE '/%'"
-    _keep_values(conn, "projects", "project_path", relative)
-    conn.execute(f"UPDATE projects SET project_path = ? || '/' || project_path WHERE {relative}", (str(checkout),))
-
-
-def _quoted(name: str) -> str:
-    doubled = name.replace('"', '""')
-    return f'"{doubled}"'
-
-
-def _keep_values(conn: Connection, table: str, column: str, condition: str) -> None:
-    conn.execute(
-        f"INSERT OR IGNORE INTO legacy_values SELECT '{table}', id, ?, {_quoted(column)} FROM {table} "
-        f"WHERE {_quoted(column)} IS NOT NULL AND {condition}",
-        (column,),
-    )
-
-
-def _mend_texts(conn: Connection, table: str, columns: Sequence[str], after: int, until: int) -> None:
-    """Makes text of what Python cannot read as text: bytes, and what is no UTF-8. What it was is kept."""
-    conn.text_factory = bytes
-    wrong: list[tuple[int, str, bytes]] = []
-    try:
-        for column in columns:
-            rows = conn.execute(
-                f"SELECT id, {column}, typeof({column}) = 'blob' FROM {table} "
-                f"WHERE id > ? AND id <= ? AND {column} IS NOT NULL",
-                (after, until),
-            )
-            wrong += [(row_id, column, value) for row_id, value, is_blob in rows if is_blob or not _is_utf8(value)]
-    finally:
-        conn.text_factory = str
-    for row_id, column, value in wrong:
-        text = value.decode(errors="replace")
-        if column in _UNIQUE and not _is_utf8(value):
-            text += f"-{row_id}"  # what cannot be read looks all alike
-        conn.execute("INSERT INTO legacy_values VALUES (?, ?, ?, ?)", (table, row_id, column, value))
-        conn.execute(f"UPDATE {table} SET {column} = ? WHERE id = ?", (text, row_id))
-
-
-def _is_utf8(value: object) -> bool:
-    try:
-        return not isinstance(value, bytes) or value.isascii() or bool(value.decode())
-    except UnicodeDecodeError:
-        return False
-
-
-def _first_id(conn: Connection) -> int:
-    first = conn.execute("SELECT min(id) FROM messages").fetchone()[0]
-    return (first or 0) - 1
-
-
-def _batch_end(conn: Connection, after: int) -> int | None:
-    """The last id of the next batch of messages; None where there is none."""
-    row = conn.execute(
-        "SELECT max(id) FROM (SELECT id FROM messages WHERE id > ? ORDER BY id LIMIT ?)", (after, _BATCH)
-    ).fetchone()
-    return None if row[0] is None else int(row[0])
-
-
-def _adopt_images(conn: Connection, context: AdoptionContext) -> tuple[int, int]:
-    """Makes files of the images of old; how many, and how many are no images."""
-    ids = _ids(conn, "SELECT id FROM new_messages WHERE legacy_image <> ''")
-    progress = Progress(log.info, f"adopting {len(ids):,} images")
-    files = 0
-    for done, message_id in enumerate(ids):
-        session_key, image = conn.execute(
-            "SELECT s.session_key, m.legacy_image FROM new_messages m JOIN new_sessions s ON s.id = m.session_id "
-            "WHERE m.id = ?",
-            (message_id,),
-        ).fetchone()
-        kept = context.keep_image(session_key, image)
-        if kept is not None:
-            files += 1
-            conn.execute("INSERT INTO message_images (message_id, file) VALUES (?, ?)", (message_id, kept.file))
-            if kept.whole:
-                conn.execute("UPDATE new_messages SET legacy_image = NULL WHERE id = ?", (message_id,))
-        progress(done, len(ids))
-    return files, len(ids) - files
-
-
-MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt,)
-
-
-# The tables of ours that refer to others. What a stranger's table refers to is its own affair.
-REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
-
-
-def email_key(email: str | None) -> str | None:
-    """What two spellings of one e-mail have in common."""
-    return email and unicodedata.normalize("NFC", email).casefold()
-
-
-def migrate(path: Path, context: AdoptionContext | None = None) -> None:
-    """Brings the file to the newest schema, a copy of it beside it first. Without a context the images of a legacy
-    database stay in their column, and its relative paths begin at the current directory.
-
-    Raises errors.Unavailable, and leaves the file as it is, where it is newer than this code, damaged, or no
-    database.
-    """
-    try:
-        with closing(_connect_to_look(path)) as conn:
-            version = int(conn.execute("PRAGMA user_version").fetchone()[0])
-            if version > len(MIGRATIONS):
-                raise errors.Unavailable(
-                    f"{path} has schema version {version}, this code knows {len(MIGRATIONS)}: "
-                    "start the newer code, or restore a backup made before it.",
-                    code="database_unavailable",
-                )
-            old = version < len(MIGRATIONS) and _count(conn, "sqlite_master") > 0
-            if old:
-                _check_integrity(conn, path)
-        if version < len(MIGRATIONS):
-            _walk_up(path, version, old, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            message = f"{path} cannot be opened as a database: {error}. {_RESTORE}"
-        else:
-            message = f"{path} cannot be opened, or brought to this code's schema: {error}. It is as it was."
-        raise errors.Unavailable(message, code="database_unavailable") from error
-
-
-_RESTORE = "Where it is damaged, restore a backup: python database.py restore FILE"
-
-
-def _connect_to_look(path: Path) -> Connection:
-    """A connection that changes nothing: one that may write plays what a crash left in the -wal into the file."""
-    if path.exists() and path.with_name(path.name + "-wal").exists():
-        return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
-    return sqlite3.connect(path, isolation_level=None)
-
-
-def _walk_up(path: Path, version: int, old: bool, context: AdoptionContext) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        conn.create_function("email_key", 1, email_key, deterministic=True)
-        if old:
-            _copy_beside(conn, path, version)
-        conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for as long as this takes
-        conn.execute("PRAGMA legacy_alter_table=ON")  # a view on the tables of old must not be in the way
-        for number in range(version, len(MIGRATIONS)):
-            _apply(conn, MIGRATIONS[number], number + 1, context)
-
-
-def _check_integrity(conn: Connection, path: Path) -> None:
-    found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if found != "ok":
-        raise errors.Unavailable(f"{path} is damaged: {found}. {_RESTORE}", code="database_unavailable")
-
-
-def _copy_beside(conn: Connection, path: Path, version: int) -> None:
-    """A copy of the database as it was, unless there is one that is the same: a start that fails over and over
-    must not fill the disk."""
-    size = path.stat().st_size // 1_000_000
-    log.info("migrating %s (%d MB) from version %d: first a copy of it is made", path, size, version)
-    partial = path.with_name(f"{path.name}.v{version}.partial.backup")
-    partial.unlink(missing_ok=True)
-    conn.execute("VACUUM INTO ?", (str(partial),))
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    copies = sorted(path.parent.glob(f"{glob.escape(path.name)}.*Z.v{version}.backup"))
-    if copies and filecmp.cmp(copies[-1], partial, shallow=False):
-        partial.unlink()
-        log.info("%s is such a copy already", copies[-1].name)
-        return
-    copy = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.v{version}.backup")
-    partial.rename(copy)
-    log.info("the copy is %s", copy.name)
-
-
-def _apply(
-    conn: Connection,
-    migration: Callable[[Connection, AdoptionContext], None],
-    version: int,
-    context: AdoptionContext,
-) -> None:
-    conn.execute("BEGIN IMMEDIATE")
-    try:
-        migration(conn, context)
-        for table in REFERRING:
-            if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
-                raise sqlite3.IntegrityError(f"a row of {table} refers to one that is not there")
-        conn.execute(f"PRAGMA user_version={version:d}")
-        conn.execute("COMMIT")
-    finally:
-        if conn.in_transaction:
-            conn.execute("ROLLBACK")
 
 
 # --- rows ---------------------------------------------------------------------------------------------
@@ -860,7 +447,7 @@ def insert_user(conn: Connection, email: str, name: str | None, password: str) -
     row = conn.execute(
         "INSERT INTO users (email, email_key, name, password, created_at) VALUES (?, ?, ?, ?, ?) "
         f"ON CONFLICT (email_key) DO NOTHING RETURNING {_USER}",
-        (email, email_key(email), name, password, now()),
+        (email, sql.email_key(email), name, password, now()),
     ).fetchone()
     if row is None:
         raise errors.Conflict("There is an account with this e-mail already: log in instead.", code="email_taken")
@@ -871,7 +458,7 @@ def select_user_by_email(conn: Connection, email: str) -> User | None:
     """The account of an e-mail, whatever its case; its exact spelling wins where two differ by case alone."""
     row = conn.execute(
         f"SELECT {_USER} FROM users WHERE email_key IN (:key, :exact) ORDER BY email = :exact DESC LIMIT 1",
-        {"key": email_key(email), "exact": email},
+        {"key": sql.email_key(email), "exact": email},
     ).fetchone()
     return row and User(*row)
 
@@ -1092,7 +679,7 @@ def select_messages(
     select_session(conn, user_id, session_id)
     rows = conn.execute(
         f"SELECT {_MESSAGE} FROM messages m WHERE m.session_id = ? AND m.id < ? ORDER BY m.id DESC LIMIT ?",
-        (session_id, MAX_ID if before is None else before, -1 if limit is None else limit),
+        (session_id, sql.MAX_ID if before is None else before, -1 if limit is None else limit),
     ).fetchall()
     return [Message(*row) for row in reversed(rows)]
 

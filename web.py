@@ -8,14 +8,14 @@ from fastapi import Depends, Request
 from fastapi import Path as PathParam
 from pydantic import BaseModel, model_validator
 
-import database
 import gateway
 import image_handler
+import sql
 from database import Database
 from settings import Settings
 from turns import Turns
 
-Id = Annotated[int, PathParam(ge=1, le=database.MAX_ID)]
+Id = Annotated[int, PathParam(ge=1, le=sql.MAX_ID)]
 
 
 class Body(BaseModel):

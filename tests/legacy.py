@@ -11,7 +11,7 @@ from pathlib import Path
 
 import PIL.Image
 
-import database
+import sql
 from image_handler import ImageStore
 from settings import CHECKOUT
 
@@ -84,11 +84,11 @@ def adopt(path: Path) -> ImageStore:
     """Opens a database of old as the service does; returns the store of its images."""
     store = ImageStore(path.parent / "images", b"secret")
 
-    def keep(key: str, text: str) -> database.KeptImage | None:
+    def keep(key: str, text: str) -> sql.KeptImage | None:
         kept = store.adopt(key, text)
-        return kept and database.KeptImage(*kept)
+        return kept and sql.KeptImage(*kept)
 
-    database.migrate(path, database.AdoptionContext(keep, CHECKOUT))
+    sql.migrate(path, sql.AdoptionContext(keep, CHECKOUT))
     return store
 
 

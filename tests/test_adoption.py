@@ -22,6 +22,7 @@ import admin
 import clock
 import database
 import errors
+import sql
 
 from .legacy import OLD_PASSWORD, adopt, build, images, texts
 from .service import CHECKOUT, Served, until
@@ -313,7 +314,7 @@ def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[by
 @pytest.mark.parametrize("spoil", ["PRAGMA user_version=99", "CREATE TABLE turns (x)"])
 def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -> None:
     """A file is refused without playing into it what the -wal beside it holds, and the sentence says why."""
-    database.migrate(path)
+    sql.migrate(path)
     if spoil.startswith("CREATE"):
         path.unlink()
         build(path)
@@ -325,7 +326,7 @@ def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -
             shutil.copy(f"{path}{suffix}", f"{crashed}{suffix}")
     before = crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()
     with pytest.raises(errors.Unavailable, match=r"start the newer code|turns already exists\. It is as it was"):
-        database.migrate(crashed)
+        sql.migrate(crashed)
     if spoil.startswith("PRAGMA"):
         assert (crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()) == before
     else:
@@ -382,7 +383,7 @@ def test_a_kill_leaves_the_old_or_the_new_file(path: Path) -> None:
         assert rows(path, "PRAGMA integrity_check") == [("ok",)]
         assert texts(path) == before
         adopt(path)
-        assert rows(path, "PRAGMA user_version") == [(len(database.MIGRATIONS),)]
+        assert rows(path, "PRAGMA user_version") == [(len(sql.MIGRATIONS),)]
         assert texts(path) == before
     assert left.count(0) > 5, "the kills were meant to come in the middle"
 

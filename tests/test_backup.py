@@ -24,6 +24,7 @@ import admin
 import backup
 import database
 import errors
+import sql
 from database import Database, FileLock
 
 from .legacy import build
@@ -60,7 +61,7 @@ def run(*words: str | Path) -> int:
 def make(path: Path, *emails: str) -> Path:
     """A database with these users, the first of whom has a project and a session with a message and its reply."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    database.migrate(path)
+    sql.migrate(path)
     with closing(database.connect(path, read_only=False)) as conn:
         for email in emails:
             database.insert_user(conn, email, None, "hash")
@@ -192,7 +193,7 @@ def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: p
     backup = make(live.parent / "b", "b@example.com")
     workers, db = Path(f"{live}.workers"), Database(live)
     living: list[int] = []
-    monkeypatch.setattr(database, "migrate", lambda *_: living.append(len(names(workers))))
+    monkeypatch.setattr(sql, "migrate", lambda *_: living.append(len(names(workers))))
     with closing(FileLock(Path(f"{live}.lock"))) as lock:
         opening = threading.Thread(target=db.open)
         with lock:
@@ -559,6 +560,6 @@ def test_check_says_what_is_there(live: Path, capsys: pytest.CaptureFixture[str]
     image.touch()
     assert run("check") == DONE
     said = capsys.readouterr()
-    assert f"schema version: {len(database.MIGRATIONS)}\n" in said.out
+    assert f"schema version: {len(sql.MIGRATIONS)}\n" in said.out
     assert "users 2" in said.out
     assert said.err.startswith("checking service.db")

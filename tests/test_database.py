@@ -19,6 +19,7 @@ import pytest
 
 import database
 import errors
+import sql
 from database import Database, Lease
 
 from .service import CHECKOUT
@@ -47,7 +48,7 @@ def using(path: Path, work: Callable[[Database], object]) -> object:
 @pytest.fixture
 def conn(path: Path) -> Iterator[Connection]:
     """A connection to a new database with a session in it."""
-    database.migrate(path)
+    sql.migrate(path)
     conn = database.connect(path, read_only=False)
     user = database.insert_user(conn, "Ada@example.com", None, "hash")
     project = database.insert_project(conn, user.id, "P", None, "/p", 0)
@@ -220,12 +221,12 @@ def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
 
 def test_a_new_database_has_the_newest_schema(path: Path) -> None:
     """A new file is made by the same migrations, without a copy beside it; opening it again changes nothing."""
-    database.migrate(path)
+    sql.migrate(path)
     before = path.read_bytes()
-    database.migrate(path)
+    sql.migrate(path)
     assert path.read_bytes() == before
     with sqlite3.connect(path) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(database.MIGRATIONS)
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(sql.MIGRATIONS)
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     assert list(path.parent.glob("*.backup")) == []
 
@@ -241,7 +242,7 @@ def test_what_is_no_database_is_refused_and_untouched(path: Path, content: bytes
 
 def test_a_newer_database_is_refused(path: Path) -> None:
     """A file of a newer schema is refused with what to do, and left as it is."""
-    database.migrate(path)
+    sql.migrate(path)
     with sqlite3.connect(path) as conn:
         conn.execute("PRAGMA user_version=999")
     conn.close()
@@ -260,7 +261,7 @@ def test_two_processes_that_start_at_once_make_one_database(path: Path) -> None:
     starts = [subprocess.Popen([sys.executable, "-c", script, path, CHECKOUT]) for _ in range(4)]
     assert [start.wait(60) for start in starts] == [0] * 4
     with sqlite3.connect(path) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(database.MIGRATIONS)
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(sql.MIGRATIONS)
 
 
 # --- two processes, kill -9 ---------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class Writers:
 def test_kills_while_two_processes_write_lose_no_commit(path: Path, part: int) -> None:
     """A thousand times one of two processes that write is killed: each commit that it was told of is there, and the
     file is sound."""
-    database.migrate(path)
+    sql.migrate(path)
     writers, chance, numbers = Writers(path), random.Random(part), itertools.count()
     stored = "SELECT count(*) FROM users WHERE email_key > ? AND email_key < ?"
     with closing(database.connect(path, read_only=True)) as conn:

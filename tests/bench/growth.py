@@ -15,6 +15,7 @@ from sqlite3 import Connection
 
 import clock
 import database
+import sql
 from database import Database
 from tests import legacy
 
@@ -109,7 +110,7 @@ def adopt(directory: Path) -> None:
     path = directory / "old.db"
     legacy.build(path, 1_000_000)
     started = time.perf_counter()
-    database.migrate(path)
+    sql.migrate(path)
     took = time.perf_counter() - started
     sys.stdout.write(f"\nAdoption of {path.stat().st_size / 1e6:.0f} MB with 1,000,000 messages: {took:.1f} s\n")
 
