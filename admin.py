@@ -9,6 +9,7 @@ from pathlib import Path
 
 import errors
 import settings
+import sql
 from backup import (
     DAMAGED,
     FILE_PROBLEM,
@@ -23,8 +24,7 @@ from backup import (
     say,
     tell,
 )
-from database import FileLock, claim_projects, connect
-from sql import MIGRATIONS
+from database import FileLock, connect
 
 _EXIT_STATUSES = """exit status:
   0  done
@@ -39,7 +39,7 @@ def _claim(place: settings.Settings, given: argparse.Namespace) -> None:
     """Gives the projects of an account that nobody can sign into to somebody."""
     with reading(place.db_path) as conn:
         version = int(conn.execute("PRAGMA user_version").fetchone()[0])
-    if version != len(MIGRATIONS):
+    if version != len(sql.MIGRATIONS):
         start = "Start the service of this code once: it brings the database up to date."
         raise CommandError(FILE_PROBLEM, f"{place.db_path} has schema version {version}. {start}")
     with ExitStack() as stack:
@@ -47,7 +47,7 @@ def _claim(place: settings.Settings, given: argparse.Namespace) -> None:
         conn = stack.enter_context(closing(connect(place.db_path, read_only=False)))
         conn.execute("BEGIN IMMEDIATE")
         try:
-            count = claim_projects(conn, given.from_user, given.to)
+            count = sql.claim_projects(conn, given.from_user, given.to)
         except errors.Invalid as error:
             raise CommandError(2, error.message) from error
         conn.execute("COMMIT")

@@ -476,7 +476,7 @@ async def read_health(request: Request, parts: OpenParts) -> Any:
     """How the service is, at once, whatever the gateway does; 503 where the database cannot be used."""
     origin: Origin = request.state.origin
     try:
-        parts.db.read(database.check)
+        parts.db.read(sql.check)
         works = True
     except errors.Unavailable:
         works = False
@@ -525,7 +525,7 @@ async def read_metrics(request: Request, parts: OpenParts) -> Response:
             "header `Authorization: Bearer <token>`."
         )
     try:
-        turns = parts.db.read(database.count_turns)
+        turns = parts.db.read(sql.count_turns)
     except errors.Unavailable:
         turns = None
     commits, seconds = parts.db.write_time()

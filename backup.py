@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import file_utils
 import settings
+import sql
 from clock import now
 from database import FileLock, Lease
-from sql import LEGACY, MIGRATIONS, REFERRING
 from telemetry import Progress
 
 DAMAGED, IN_USE, FILE_PROBLEM = 1, 3, 4  # exit statuses; 0 is done, 2 is argparse's
@@ -87,13 +87,13 @@ def _look_through(conn: Connection) -> _Findings:
     faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
     version = int(conn.execute("PRAGMA user_version").fetchone()[0])
     names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    if missing := sorted(LEGACY.keys() - set(names)):
+    if missing := sorted(sql.LEGACY.keys() - set(names)):
         faults.append(f"it is no database of this service: it has no table {', '.join(missing)}")
         return _Findings(version, {}, faults)
     if version:  # before there were migrations, rows that belong to nobody were usual; migrating sets them aside
         faults += [
             f"a row of {table} (rowid {rowid}) refers to one of {parent} that is not there"
-            for checked in REFERRING
+            for checked in sql.REFERRING
             if checked in names
             for table, rowid, parent, _ in conn.execute(f"PRAGMA foreign_key_check({checked})").fetchmany(20)
         ]
@@ -103,7 +103,7 @@ def _look_through(conn: Connection) -> _Findings:
 
 
 def _too_new(version: int) -> list[str]:
-    known = len(MIGRATIONS)
+    known = len(sql.MIGRATIONS)
     return [f"its schema version is {version}, this code knows {known}: use the newer code"] if version > known else []
 
 
@@ -275,7 +275,7 @@ def restore(place: settings.Settings, given: argparse.Namespace) -> None:
     if kept:
         say(f"the database that was there: {kept}")
     _say_contents(found)
-    if found.version < len(MIGRATIONS):
+    if found.version < len(sql.MIGRATIONS):
         say("its schema is older: the next start brings it up to date")
     _say_some("attention", differences)
 

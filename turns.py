@@ -19,14 +19,15 @@ from sqlite3 import Connection
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-import database
 import errors
 import file_utils
 import gateway
 import image_handler
+import sql
 import telemetry
-from database import Database, Errand, Reply, Status
+from database import Database
 from settings import Settings
+from sql import Errand, Reply, Status
 
 log = logging.getLogger("clawd.turns")
 
@@ -227,7 +228,7 @@ class Turns:
         """Leaves what waits to other processes, and takes nothing over any more. What runs here runs on."""
         self.draining = True
         try:
-            await self._db.write(database.release_waiting, self.owner)
+            await self._db.write(sql.release_waiting, self.owner)
         except errors.Unavailable:
             log.error("what waits here could not be left to others; they take it when this process has ended")
 
@@ -261,19 +262,17 @@ class Turns:
         same idempotency key.
 
         A caller that is cancelled meanwhile leaves no turn without a task. Raises errors.NotFound,
-        errors.TooMany, errors.Unprocessable as `database.begin_turn` does.
+        errors.TooMany, errors.Unprocessable as `sql.begin_turn` does.
         """
         return await asyncio.shield(asyncio.ensure_future(self._begin(user_id, session_key, said, key)))
 
     async def _begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
         staged = await asyncio.to_thread(self._images.stage, said.images) if said.images else []
 
-        def store(conn: Connection) -> database.Begun:
-            begun = database.begin_turn(
-                conn, user_id, session_key, said.text, said.label(), said.digest(), key, self.owner
-            )
+        def store(conn: Connection) -> sql.Begun:
+            begun = sql.begin_turn(conn, user_id, session_key, said.text, said.label(), said.digest(), key, self.owner)
             if staged and not begun.existing:
-                database.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
+                sql.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
             return begun
 
         try:
@@ -287,14 +286,14 @@ class Turns:
         if reply.status == "streaming" and not begun.existing:
             self._start(reply, self._ask, asked_here=True)
         elif self.draining:
-            await self._db.write(database.release_waiting, self.owner)
+            await self._db.write(sql.release_waiting, self.owner)
         return reply, begun.existing
 
     def reply(self, reply_id: int) -> LiveReply | None:
         """A reply to read from, live while it runs in whichever process; None where there is none."""
         reply = self._replies.get(reply_id)
         if reply is None:
-            row = self._db.read(database.select_reply, reply_id)
+            row = self._db.read(sql.select_reply, reply_id)
             if row is None:
                 return None
             reply = LiveReply(row)
@@ -359,7 +358,7 @@ class Turns:
         while not stored:
             try:
                 await self._db.write(
-                    database.finish_turn,
+                    sql.finish_turn,
                     *(reply.id, self.owner, outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error),
                 )
                 stored = True
@@ -368,14 +367,14 @@ class Turns:
                 if self.draining:
                     return  # whoever comes next finds it left behind
                 await asyncio.sleep(1)
-        reply.follow(self._db.read(database.select_reply, reply.id))
+        reply.follow(self._db.read(sql.select_reply, reply.id))
 
     async def _ask(self, reply: LiveReply) -> Outcome:
-        turn = self._db.read(database.select_turn, reply.id)
+        turn = self._db.read(sql.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")  # deleted meanwhile
         telemetry.note(user_id=turn.user_id)
-        files = self._db.read(database.select_image_files, turn.message_id)
+        files = self._db.read(sql.select_image_files, turn.message_id)
         request = gateway.build_request(
             agent_id=turn.agent_id,
             session_key=turn.session_key,
@@ -406,11 +405,11 @@ class Turns:
 
     async def _recover(self, reply: LiveReply) -> Outcome:
         """A reply that a dead process left: what the gateway finished is complete, all else is interrupted."""
-        turn = self._db.read(database.select_turn, reply.id)
+        turn = self._db.read(sql.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")
         telemetry.note(user_id=turn.user_id)
-        known = self._db.read(database.select_known_runs, turn.session_id)
+        known = self._db.read(sql.select_known_runs, turn.session_id)
         try:
             found = await self._gateway.finished_reply(
                 turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
@@ -435,7 +434,7 @@ class Turns:
         if not behind:
             return
         rows = [(running.reply.id, running.reply.text(), running.reply.run_id) for running, _ in behind]
-        lost = await self._db.write(database.update_replies, self.owner, rows)
+        lost = await self._db.write(sql.update_replies, self.owner, rows)
         for running, reached in behind:
             running.stored = reached
         for reply_id in lost:
@@ -448,15 +447,15 @@ class Turns:
         self._seen = version
         for reply in list(self._replies.values()):
             if reply.id not in self._running and not reply.is_final:
-                reply.follow(self._db.read(database.select_reply, reply.id))
-        for reply_id in self._db.read(database.select_stops, self.owner):
+                reply.follow(self._db.read(sql.select_reply, reply.id))
+        for reply_id in self._db.read(sql.select_stops, self.owner):
             self._cancel(reply_id, Outcome("stopped"))
         await self._claim()
 
     async def _claim(self) -> None:
-        if self.draining or not self._db.read(database.select_claimable, self.owner):
+        if self.draining or not self._db.read(sql.select_claimable, self.owner):
             return
-        for reply_id in await self._db.write(database.claim_turns, self.owner):
+        for reply_id in await self._db.write(sql.claim_turns, self.owner):
             reply = self.reply(reply_id)
             if reply is not None:
                 self._start(reply, self._ask)
@@ -464,9 +463,9 @@ class Turns:
     async def _tend(self) -> None:
         if self.draining:
             return
-        for owner in self._db.read(database.select_owners):
+        for owner in self._db.read(sql.select_owners):
             if not self._db.lease.alive(owner):
-                for reply_id in await self._db.write(database.inherit, owner, self.owner):
+                for reply_id in await self._db.write(sql.inherit, owner, self.owner):
                     reply = self.reply(reply_id)
                     if reply is not None:
                         self._start(reply, self._recover)
@@ -478,7 +477,7 @@ class Turns:
     async def stop(self, session_ids: Sequence[int]) -> bool:
         """Ends what runs in these sessions, in whichever process, and drops what waits; whether there was
         anything. Returns when it has ended, or after a few seconds where its process does not react."""
-        halted = await self._db.write(database.request_stop, session_ids)
+        halted = await self._db.write(sql.request_stop, session_ids)
         self._metrics.count_turns("stopped", len(halted.dropped))
         for reply_id in halted.running:
             self._cancel(reply_id, Outcome("stopped"))
@@ -488,20 +487,20 @@ class Turns:
         return bool(halted.running or halted.dropped)
 
     def _is_running(self, reply_id: int) -> bool:
-        row = self._db.read(database.select_reply, reply_id)
+        row = self._db.read(sql.select_reply, reply_id)
         return row is not None and row.status == "streaming"
 
     async def clear(self, session_ids: Sequence[int]) -> None:
         """Stops these sessions for good, before they are deleted: nothing new begins in them."""
-        await self._db.write(database.archive_sessions, session_ids)
+        await self._db.write(sql.archive_sessions, session_ids)
         await self.stop(session_ids)
 
     async def do_errands(self) -> None:
         """Does what the outbox says. Returns when folders and images are gone; the gateway, which may be
         down, is not waited for."""
-        if not self._db.read(database.has_due_errands, time.time()):
+        if not self._db.read(sql.has_due_errands, time.time()):
             return
-        errands = await self._db.write(database.claim_errands, self.owner, time.time())
+        errands = await self._db.write(sql.claim_errands, self.owner, time.time())
         for errand in errands:
             if errand.kind != "gateway_session":
                 await self._do(errand)
@@ -527,9 +526,9 @@ class Turns:
             log.warning(
                 "%s %s stays to be removed, again in %d s: %s", errand.kind, errand.target, delay, error.message
             )
-            await self._db.write(database.postpone_errand, errand.id, time.time() + delay)
+            await self._db.write(sql.postpone_errand, errand.id, time.time() + delay)
         else:
-            await self._db.write(database.delete_errand, errand.id)
+            await self._db.write(sql.delete_errand, errand.id)
 
     def _remove_folder(self, folder: Path) -> None:
         if file_utils.is_below(self._projects, folder):

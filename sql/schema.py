@@ -124,3 +124,8 @@ def _apply(
     finally:
         if conn.in_transaction:
             conn.execute("ROLLBACK")
+
+
+def check(conn: Connection) -> None:
+    """Raises sqlite3.Error where the database cannot be read."""
+    conn.execute("SELECT count(*) FROM (SELECT 1 FROM users LIMIT 1)").fetchone()

@@ -237,9 +237,9 @@ def test_no_id_is_used_twice(path: Path) -> None:
         conn.commit()
     adopt(path)
     with closing(database.connect(path, read_only=False)) as conn:
-        assert database.insert_user(conn, "new@example.com", None, "hash").id == 4
+        assert sql.insert_user(conn, "new@example.com", None, "hash").id == 4
         (key,) = conn.execute("SELECT session_key FROM sessions WHERE id = 58").fetchone()
-        begun = database.begin_turn(conn, 1, key, "", "", "", None, "")
+        begun = sql.begin_turn(conn, 1, key, "", "", "", None, "")
         assert begun.message_id == 364
 
 
@@ -542,5 +542,5 @@ def test_nothing_is_claimed_for_an_account_that_is_closed_too(path: Path) -> Non
     adopt(path)
     with closing(database.connect(path, read_only=False)) as conn:
         with pytest.raises(errors.Invalid, match="no password"):
-            database.claim_projects(conn, 1, "late@example.com")
-        assert [project.name for project in database.select_projects(conn, 1)] == ["jasd"]
+            sql.claim_projects(conn, 1, "late@example.com")
+        assert [project.name for project in sql.select_projects(conn, 1)] == ["jasd"]

@@ -71,7 +71,7 @@ SQL = re.compile(
 MOST_LINES = 50
 MOST_LINES_OF_A_FILE = 450
 # Files that are longer still, with the length that they may not exceed. The list may only shrink.
-DEBTS: dict[str, int] = {"app": 600, "database": 1036, "gateway": 503, "serve": 705, "turns": 551}
+DEBTS: dict[str, int] = {"app": 600, "gateway": 503, "serve": 705, "turns": 550}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -64,10 +64,10 @@ def make(path: Path, *emails: str) -> Path:
     sql.migrate(path)
     with closing(database.connect(path, read_only=False)) as conn:
         for email in emails:
-            database.insert_user(conn, email, None, "hash")
-        project = database.insert_project(conn, 1, "P", None, str(path.parent / "projects" / "p"), 0)
-        session = database.insert_session(conn, 1, project.id, None, "main")
-        database.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", None, "me")
+            sql.insert_user(conn, email, None, "hash")
+        project = sql.insert_project(conn, 1, "P", None, str(path.parent / "projects" / "p"), 0)
+        session = sql.insert_session(conn, 1, project.id, None, "main")
+        sql.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", None, "me")
     return path
 
 
@@ -248,7 +248,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     one; the next restore succeeds and leaves one file of each."""
     old = make(tmp_path / "old" / "service.db", "old@example.com")
     conn = database.connect(old, read_only=False)
-    database.insert_user(conn, "wal@example.com", None, "h")
+    sql.insert_user(conn, "wal@example.com", None, "h")
     new = make(tmp_path / "new.backup", "new@example.com")
     template = tmp_path / "template"
     shutil.copytree(old.parent, template, ignore=shutil.ignore_patterns("*-shm"))
@@ -493,7 +493,7 @@ def test_a_damaged_database_is_moved_along_with_its_wal(tmp_path: Path, live: Pa
     """What SQLite cannot close is kept byte by byte, and nothing of it is played into the restored one."""
     make(live, "old@example.com")
     with closing(database.connect(live, read_only=False)) as conn:
-        database.insert_user(conn, "wal@example.com", None, "h")
+        sql.insert_user(conn, "wal@example.com", None, "h")
         wal = Path(f"{live}-wal").read_bytes()
     garbage(live)
     Path(f"{live}-wal").write_bytes(wal)
@@ -511,7 +511,7 @@ def test_a_database_with_a_wal_is_restored_whole(tmp_path: Path, live: Path) -> 
     """A file that is no backup but a database as a crash left it comes with what its -wal holds, and is not touched."""
     source = make(tmp_path / "from" / "a.db", "a@example.com")
     with closing(database.connect(source, read_only=False)) as conn:
-        database.insert_user(conn, "wal@example.com", None, "h")
+        sql.insert_user(conn, "wal@example.com", None, "h")
         shutil.copytree(source.parent, tmp_path / "crashed")
     crashed = tmp_path / "crashed" / "a.db"
     before, beside = digest(crashed), names(crashed.parent)

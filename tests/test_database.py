@@ -50,17 +50,17 @@ def conn(path: Path) -> Iterator[Connection]:
     """A connection to a new database with a session in it."""
     sql.migrate(path)
     conn = database.connect(path, read_only=False)
-    user = database.insert_user(conn, "Ada@example.com", None, "hash")
-    project = database.insert_project(conn, user.id, "P", None, "/p", 0)
-    database.insert_session(conn, user.id, project.id, None, "main")
+    user = sql.insert_user(conn, "Ada@example.com", None, "hash")
+    project = sql.insert_project(conn, user.id, "P", None, "/p", 0)
+    sql.insert_session(conn, user.id, project.id, None, "main")
     yield conn
     conn.close()
 
 
-def begin(conn: Connection, key: str | None = None, owner: str = "me") -> database.Begun:
+def begin(conn: Connection, key: str | None = None, owner: str = "me") -> sql.Begun:
     """A turn in the session."""
-    session = database.select_session(conn, 1, 1)
-    return database.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", key, owner)
+    session = sql.select_session(conn, 1, 1)
+    return sql.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", key, owner)
 
 
 # --- transactions -------------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ def test_a_job_that_fails_undoes_itself_alone(path: Path) -> None:
     """Of jobs that are committed together, one that raises leaves no trace and spoils no other."""
 
     def fail(conn: Connection) -> None:
-        database.insert_user(conn, "bad@example.com", None, "h")
+        sql.insert_user(conn, "bad@example.com", None, "h")
         raise errors.Conflict("no")
 
     async def work(db: Database) -> list[object]:
-        good = [db.write(database.insert_user, f"{number}@example.com", None, "h") for number in range(20)]
+        good = [db.write(sql.insert_user, f"{number}@example.com", None, "h") for number in range(20)]
         results = await asyncio.gather(*good[:10], db.write(fail), *good[10:], return_exceptions=True)
-        assert [type(result) for result in results] == [database.User] * 10 + [errors.Conflict] + [database.User] * 10
+        assert [type(result) for result in results] == [sql.User] * 10 + [errors.Conflict] + [sql.User] * 10
         return db.read(lambda conn: conn.execute("SELECT count(*) FROM users").fetchone())
 
     assert using(path, work) == (20,)
@@ -87,9 +87,9 @@ def test_a_reader_cannot_write(path: Path) -> None:
 
     async def work(db: Database) -> None:
         with pytest.raises(errors.Unavailable):
-            db.read(database.insert_user, "a@example.com", None, "h")
+            db.read(sql.insert_user, "a@example.com", None, "h")
         with pytest.raises(errors.Unavailable):
-            await db.read_aside(database.insert_user, "a@example.com", None, "h")
+            await db.read_aside(sql.insert_user, "a@example.com", None, "h")
 
     using(path, work)
 
@@ -105,8 +105,8 @@ def test_a_writer_that_waits_for_another_process_gets_its_turn(path: Path) -> No
         other = await asyncio.create_subprocess_exec(sys.executable, "-c", script, path, stdout=subprocess.PIPE)
         assert other.stdout is not None
         await other.stdout.readline()
-        user = await db.write(database.insert_user, "a@example.com", None, "h")
-        assert db.read(database.select_user_by_email, "A@EXAMPLE.COM") == user
+        user = await db.write(sql.insert_user, "a@example.com", None, "h")
+        assert db.read(sql.select_user_by_email, "A@EXAMPLE.COM") == user
 
     using(path, work)
 
@@ -116,12 +116,12 @@ def test_a_full_disk_is_said_and_leaves_no_half(path: Path) -> None:
 
     async def work(db: Database) -> None:
         await db.write(lambda conn: conn.execute("PRAGMA max_page_count=60"))
-        big = [db.write(database.insert_user, f"{number}@example.com", "x" * 100_000, "h") for number in range(9)]
+        big = [db.write(sql.insert_user, f"{number}@example.com", "x" * 100_000, "h") for number in range(9)]
         results = await asyncio.gather(*big, return_exceptions=True)
         assert any(isinstance(result, errors.Unavailable) for result in results)
         stored = db.read(lambda conn: conn.execute("SELECT count(*) FROM users").fetchone()[0])
-        assert stored == sum(isinstance(result, database.User) for result in results)
-        assert await db.write(database.insert_user, "small@example.com", None, "h")
+        assert stored == sum(isinstance(result, sql.User) for result in results)
+        assert await db.write(sql.insert_user, "small@example.com", None, "h")
 
     using(path, work)
 
@@ -178,9 +178,9 @@ def test_only_a_running_reply_changes(conn: Connection) -> None:
 def test_what_is_not_ours_is_not_written(conn: Connection) -> None:
     """A worker that lost a turn can neither store its text nor end it."""
     begun = begin(conn, owner="another")
-    assert database.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
-    assert not database.finish_turn(conn, begun.reply_id, "me", "complete", "text", None, None, None)
-    reply = database.select_reply(conn, begun.reply_id)
+    assert sql.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
+    assert not sql.finish_turn(conn, begun.reply_id, "me", "complete", "text", None, None, None)
+    reply = sql.select_reply(conn, begun.reply_id)
     assert reply is not None
     assert (reply.status, reply.content) == ("streaming", "")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from sqlite3 import Connection
 
 import clock
-import database
 import sql
 from database import Database
 from tests import legacy
@@ -43,9 +42,9 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
 
     def own(conn: Connection) -> None:
         for number in range(max(sessions // 100, 1)):
-            user = database.insert_user(conn, f"{number}@example.com", None, "h")
+            user = sql.insert_user(conn, f"{number}@example.com", None, "h")
             for name in range(PROJECTS_OF_A_USER):
-                database.insert_project(conn, user.id, f"P{name}", None, "", 0)
+                sql.insert_project(conn, user.id, f"P{name}", None, "", 0)
 
     await db.write(own)
     await db.write(insert)
@@ -54,19 +53,19 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
 async def begin_and_end(db: Database) -> float:
     """The seconds that the beginning of a turn takes; it is ended afterwards."""
     started = time.perf_counter()
-    begun = await db.write(database.begin_turn, 1, "key-1", "Hello", "Hello", "digest", None, "me")
+    begun = await db.write(sql.begin_turn, 1, "key-1", "Hello", "Hello", "digest", None, "me")
     took = time.perf_counter() - started
-    await db.write(database.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
+    await db.write(sql.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
     return took
 
 
 async def store_text(db: Database) -> float:
     """The seconds that storing the text of a running reply takes."""
-    begun = await db.write(database.begin_turn, 1, "key-2", "Hello", "Hello", "digest", None, "me")
+    begun = await db.write(sql.begin_turn, 1, "key-2", "Hello", "Hello", "digest", None, "me")
     started = time.perf_counter()
-    await db.write(database.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
+    await db.write(sql.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
     took = time.perf_counter() - started
-    await db.write(database.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
+    await db.write(sql.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
     return took
 
 
@@ -82,9 +81,9 @@ def reading(job: Callable[..., object], *arguments: object) -> Callable[[Databas
 
 
 OPERATIONS: dict[str, Callable[[Database], Awaitable[float]]] = {
-    "listing a user's 10 projects": reading(database.select_projects, 1),
-    "listing a project's 10 sessions": reading(database.select_sessions, 1, 1, False),
-    "the last 50 messages of a session": reading(database.select_messages, 1, 3, 50, None),
+    "listing a user's 10 projects": reading(sql.select_projects, 1),
+    "listing a project's 10 sessions": reading(sql.select_sessions, 1, 1, False),
+    "the last 50 messages of a session": reading(sql.select_messages, 1, 3, 50, None),
     "beginning a turn": begin_and_end,
     "storing the text of a reply": store_text,
 }
