@@ -20,7 +20,7 @@ LAYERS = (
     ("serve",),
     ("app", "admin"),
     ("backup",),
-    ("project_manager", "chat_handlers"),
+    ("project_manager", "chat_handlers", "health"),
     ("auth",),
     ("web",),
     ("turns",),
@@ -43,7 +43,7 @@ def files() -> Iterator[str]:
 ROOMS = tuple(sorted(files()))
 PACKAGES = {noun for noun in NOUNS if (CHECKOUT / noun).is_dir()}
 BESIDE = {("file_utils", "errors")}  # the one import within a layer
-WEB = {"app", "auth", "project_manager", "chat_handlers", "web"}
+WEB = {"app", "auth", "project_manager", "chat_handlers", "web", "health"}
 # Whatever is not ours and not Python's, with the rooms that may import it.
 OWNERS = {
     "fastapi": WEB,
@@ -71,7 +71,7 @@ SQL = re.compile(
 MOST_LINES = 50
 MOST_LINES_OF_A_FILE = 450
 # Files that are longer still, with the length that they may not exceed. The list may only shrink.
-DEBTS: dict[str, int] = {"app": 600, "gateway": 503, "serve": 705, "turns": 550}
+DEBTS: dict[str, int] = {"gateway": 503, "serve": 705, "turns": 550}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -231,7 +231,7 @@ def test_a_package_has_one_owner(package: str) -> None:
 
 
 def test_errors_is_the_ground() -> None:
-    """`errors` imports nothing of ours and knows no status: those are the map's in `app`."""
+    """`errors` imports nothing of ours and knows no status: those are the map's in `web`."""
     assert not imported("errors") - sys.stdlib_module_names
     numbers = [
         node
@@ -271,8 +271,8 @@ def test_the_environment_is_read_in_settings(room: str) -> None:
     assert not where(room, *looks, *taken)
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room != "app"])
-def test_http_exception_is_the_apps(room: str) -> None:
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "web"])
+def test_http_exception_is_webs(room: str) -> None:
     """Errors are raised in words; what they are in HTTP is said in one place."""
     raised = [node for node in ast.walk(tree(room)) if dotted(node).endswith("HTTPException")]
     taken = [node for _, node in imports(room) if "HTTPException" in {alias.name for alias in node.names}]

@@ -11,6 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 import app
+import health
 from settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -178,7 +179,7 @@ def test_there_is_one_version() -> None:
     """The code's, the project's, and the newest in the changelog."""
     project = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
     newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", text_of("CHANGELOG.md"), re.MULTILINE)[0]
-    assert app.VERSION == project == newest
+    assert health.VERSION == project == newest
 
 
 def test_the_changelog_is_one() -> None:
