@@ -24,8 +24,10 @@ import settings as environment
 import sql
 import telemetry
 import web
+from outbox import Outbox
+from replies import FINAL
 from settings import Settings
-from turns import FINAL, Turns
+from turns import Turns
 from web import Parts
 
 CHECK_GATEWAY_EVERY = 15  # seconds
@@ -91,7 +93,8 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
             identity = auth.Identity(settings)
             identity.open(secret)
             stack.callback(identity.close)
-            turns = Turns(db, openclaw, images, settings, metrics)
+            outbox = Outbox(db, openclaw, images, settings.projects)
+            turns = Turns(db, openclaw, images, settings, outbox, metrics)
             turns.open()
             stack.push_async_callback(turns.close)
             app.state.turns = turns
@@ -103,7 +106,7 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
                 "clawd-backend %s of %s (%.7s) serves %s", health.VERSION, checkout.branch, checkout.commit, db.path
             )
             yield State(
-                parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns),
+                parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns, outbox),
                 identity=identity,
                 origin=origin,
                 metrics=metrics,

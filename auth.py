@@ -395,7 +395,7 @@ async def delete_me(
     await _confirm(user, body.password, request, identity)
     await parts.turns.clear(parts.db.read(sql.select_session_ids, user.id))
     await parts.db.write(sql.delete_user, user.id)
-    await parts.turns.do_errands()
+    await parts.outbox.do_errands()
     return Done(message="Account deleted")
 
 

@@ -18,7 +18,8 @@ import image_handler
 import sql
 import telemetry
 from auth import CurrentUser
-from turns import LiveReply, Said
+from replies import LiveReply
+from turns import Said
 from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.chat")

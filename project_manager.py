@@ -148,7 +148,7 @@ async def _new_folder(parts: Parts, name: str, description: str | None) -> Async
 
 async def _abandon(parts: Parts, errand: int) -> None:
     await parts.db.write(sql.postpone_errand, errand, 0)  # it is due now, and anybody's
-    await parts.turns.do_errands()
+    await parts.outbox.do_errands()
 
 
 def _make_folder(folder: Path, name: str, description: str | None) -> None:
@@ -175,7 +175,7 @@ async def delete_project(project_id: Id, user: CurrentUser, parts: OpenParts) ->
     parts.db.read(sql.select_project, user.id, project_id)
     await parts.turns.clear(parts.db.read(sql.select_session_ids, user.id, project_id))
     await parts.db.write(sql.delete_project, user.id, project_id)
-    await parts.turns.do_errands()
+    await parts.outbox.do_errands()
     return Deleted(message="Project deleted")
 
 
@@ -237,7 +237,7 @@ async def _delete_session(parts: Parts, user_id: int, session_id: int, project_i
     parts.db.read(sql.select_session, user_id, session_id, project_id)
     await parts.turns.clear([session_id])
     await parts.db.write(sql.delete_session, user_id, session_id)
-    await parts.turns.do_errands()
+    await parts.outbox.do_errands()
     return Deleted(message="Session deleted")
 
 

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from contextvars import Context
@@ -20,14 +19,15 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import errors
-import file_utils
 import gateway
 import image_handler
 import sql
 import telemetry
 from database import Database
+from outbox import Outbox
+from replies import LiveReply
 from settings import Settings
-from sql import Errand, Reply, Status
+from sql import Status
 
 log = logging.getLogger("clawd.turns")
 
@@ -38,8 +38,6 @@ STOP_WITHIN = 3.0  # seconds that a stop waits for the end of a turn, in whichev
 LABEL_LENGTH = 60  # characters of a label taken from the first message
 RETRY_AFTER = 0.3  # seconds before the one retry of a refused connection
 FAILED_AT_MOST = 5  # seconds between two tries of a background job that fails
-ERRAND_AT_MOST = 30  # seconds between two tries of an errand
-FINAL = frozenset({"complete", "stopped", "interrupted", "failed", "empty"})
 
 
 class Said(NamedTuple):
@@ -82,95 +80,6 @@ def _interrupted() -> Outcome:
     )
 
 
-class LiveReply:
-    """A reply as the readers in this process see it, fed by the turn that runs here or from its row.
-
-    Offsets and lengths are in characters (Unicode code points).
-    """
-
-    def __init__(self, row: Reply) -> None:
-        self.id = row.id
-        self.message_id = row.message_id
-        self.session_id = row.session_id
-        self.created_at = row.created_at
-        self.status: Status = row.status
-        self.usage = row.usage
-        self.error = row.error
-        self.run_id: str | None = None
-        self.first_after: float | None = None  # seconds from asking the gateway, where it was asked here
-        self.length = 0
-        self._parts: list[str] = []
-        self._ends: list[int] = []
-        self._waiting: list[asyncio.Future[None]] = []
-        self.append(row.content)
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing will change any more."""
-        return self.status in FINAL
-
-    def append(self, text: str) -> None:
-        """Adds text and wakes the readers."""
-        if text:
-            self.length += len(text)
-            self._parts.append(text)
-            self._ends.append(self.length)
-            self.wake()
-
-    def text(self, after: int = 0, limit: int | None = None) -> str:
-        """The text from offset `after` on, at most about `limit` characters of it."""
-        at = bisect_right(self._ends, after)
-        if at == len(self._parts):
-            return ""
-        start = self._ends[at] - len(self._parts[at])
-        until = at + 1
-        while until < len(self._parts) and (limit is None or self._ends[until] - after <= limit):
-            until += 1
-        text = "".join(self._parts[at:until])[after - start :]
-        return text if limit is None else text[:limit]
-
-    def follow(self, row: Reply | None) -> None:
-        """Takes over what the row says; a row that is gone was deleted with its session."""
-        if row is None:
-            self.end("stopped", None, None)
-            return
-        self.append(row.content[self.length :])
-        if row.status != self.status:
-            self.end(row.status, row.usage, row.error)
-
-    def end(self, status: Status, usage: str | None, error: str | None) -> None:
-        """Sets the status, usage and error (JSON, as stored) and wakes the readers."""
-        self.status, self.usage, self.error = status, usage, error
-        self.wake()
-
-    def wake(self) -> None:
-        """Lets everybody look again."""
-        waiting, self._waiting = self._waiting, []
-        for waiter in waiting:
-            _resolve(waiter)
-
-    async def change(self, seconds: float) -> None:
-        """Returns at the next change, or after so many seconds."""
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        timer = loop.call_later(seconds, _resolve, waiter)
-        self._waiting.append(waiter)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-
-    async def finished(self) -> None:
-        """Returns once nothing will change any more."""
-        while not self.is_final:
-            await self.change(60)
-
-
-def _resolve(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
 @dataclass(slots=True)
 class _Running:
     """A turn that this process sees through."""
@@ -190,13 +99,14 @@ class Turns:
         openclaw: gateway.Gateway,
         images: image_handler.ImageStore,
         settings: Settings,
+        outbox: Outbox,
         metrics: telemetry.Metrics,
     ) -> None:
         self._db = db
         self._gateway = openclaw
         self._images = images
+        self._outbox = outbox
         self._metrics = metrics
-        self._projects = settings.projects
         self._drain_seconds = settings.drain_seconds
         self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
         self._running: dict[int, _Running] = {}
@@ -242,6 +152,7 @@ class Turns:
             for reply_id in list(self._running):  # those too that were begun meanwhile
                 self._cancel(reply_id, _interrupted())
             await asyncio.wait(self._tasks, timeout=0.1)
+        await self._outbox.close()
 
     async def close(self) -> None:
         """Ends the turns and what goes on beside them."""
@@ -470,7 +381,7 @@ class Turns:
                     if reply is not None:
                         self._start(reply, self._recover)
         await self._claim()
-        await self.do_errands()
+        await self._outbox.do_errands()
 
     # --- stopping and deleting ---
 
@@ -494,47 +405,6 @@ class Turns:
         """Stops these sessions for good, before they are deleted: nothing new begins in them."""
         await self._db.write(sql.archive_sessions, session_ids)
         await self.stop(session_ids)
-
-    async def do_errands(self) -> None:
-        """Does what the outbox says. Returns when folders and images are gone; the gateway, which may be
-        down, is not waited for."""
-        if not self._db.read(sql.has_due_errands, time.time()):
-            return
-        errands = await self._db.write(sql.claim_errands, self.owner, time.time())
-        for errand in errands:
-            if errand.kind != "gateway_session":
-                await self._do(errand)
-        remote = [errand for errand in errands if errand.kind == "gateway_session"]
-        if remote:
-            self._spawn(self._do_all(remote))
-
-    async def _do_all(self, errands: Sequence[Errand]) -> None:
-        for errand in errands:
-            await self._do(errand)
-
-    async def _do(self, errand: Errand) -> None:
-        try:
-            if errand.kind == "gateway_session":
-                agent_id, session_key = errand.target.split(" ", 1)  # a key of old may have a space, an agent none
-                await self._gateway.delete_session(agent_id, session_key)
-            elif errand.kind == "images":
-                await asyncio.to_thread(self._images.remove_session, errand.target)
-            else:
-                await asyncio.to_thread(self._remove_folder, Path(errand.target))
-        except errors.AppError as error:
-            delay = min(2**errand.attempts, ERRAND_AT_MOST)
-            log.warning(
-                "%s %s stays to be removed, again in %d s: %s", errand.kind, errand.target, delay, error.message
-            )
-            await self._db.write(sql.postpone_errand, errand.id, time.time() + delay)
-        else:
-            await self._db.write(sql.delete_errand, errand.id)
-
-    def _remove_folder(self, folder: Path) -> None:
-        if file_utils.is_below(self._projects, folder):
-            file_utils.remove_tree(folder)
-        else:
-            log.warning("%s is not below PROJECTS_DIR: it is left as it is", folder)
 
 
 async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:

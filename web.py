@@ -28,6 +28,7 @@ import image_handler
 import sql
 import telemetry
 from database import Database
+from outbox import Outbox
 from settings import Settings
 from turns import Turns
 
@@ -105,6 +106,7 @@ class Parts:
     images: image_handler.ImageStore
     decoding: asyncio.Semaphore  # pictures of so many messages at once: one can take a gigabyte
     turns: Turns
+    outbox: Outbox
 
 
 async def _parts(request: Request) -> Parts:

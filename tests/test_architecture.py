@@ -24,6 +24,7 @@ LAYERS = (
     ("auth",),
     ("web",),
     ("turns",),
+    ("replies", "outbox"),
     ("database",),
     ("sql", "gateway", "image_handler"),
     ("errors", "settings", "file_utils", "telemetry", "clock"),
@@ -71,7 +72,7 @@ SQL = re.compile(
 MOST_LINES = 50
 MOST_LINES_OF_A_FILE = 450
 # Files that are longer still, with the length that they may not exceed. The list may only shrink.
-DEBTS: dict[str, int] = {"gateway": 503, "serve": 705, "turns": 550}
+DEBTS: dict[str, int] = {"gateway": 503, "serve": 705}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
