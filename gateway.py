@@ -315,6 +315,7 @@ class Gateway:
             json_serialize=lambda body: json.dumps(body, ensure_ascii=False, separators=(",", ":")),
             read_bufsize=256 * 1024,
         )
+        self._rpc = Rpc(self._client, self.url, self._token)
 
     async def close(self) -> None:
         """Closes every connection, which aborts what runs on it."""
@@ -404,7 +405,7 @@ class Gateway:
         Raises errors.GatewayError.
         """
         key = agent_session(agent_id, session_key)
-        await self._call("sessions.delete", {"key": key, "deleteTranscript": True})
+        await self._rpc.call("sessions.delete", {"key": key, "deleteTranscript": True})
 
     async def finished_reply(
         self, agent_id: str, session_key: str, *, asked: str, run_id: str | None, known: set[str], got: str
@@ -416,18 +417,27 @@ class Gateway:
         from it is not taken. Raises errors.GatewayError.
         """
         key = agent_session(agent_id, session_key)
-        history = await self._call("chat.history", {"sessionKey": key, **HISTORY})
+        history = await self._rpc.call("chat.history", {"sessionKey": key, **HISTORY})
         messages = history.get("messages")
         items = [item for item in messages if isinstance(item, dict)] if isinstance(messages, list) else []
         return _find_reply(items, asked, run_id, known, got)
 
-    async def _call(self, method: str, params: dict[str, object]) -> dict[str, object]:
+
+class Rpc:
+    """The gateway's WebSocket protocol, one connection for each call."""
+
+    def __init__(self, client: aiohttp.ClientSession, url: str, token: str) -> None:
+        self._client = client
+        self._url = url
+        self._token = token
+
+    async def call(self, method: str, params: dict[str, object]) -> dict[str, object]:
         """One call of the gateway's WebSocket protocol; its payload. Raises errors.GatewayError."""
         try:
             async with (
-                _failures(self.url),
+                _failures(self._url),
                 asyncio.timeout(RPC_TIMEOUT),
-                self._client.ws_connect(self.url, max_msg_size=MAX_FRAME) as socket,
+                self._client.ws_connect(self._url, max_msg_size=MAX_FRAME) as socket,
             ):
                 await _request(socket, "connect", _hello(self._token))
                 return await _request(socket, method, params)
