@@ -73,7 +73,7 @@ SQL = re.compile(
 MOST_LINES = 50
 MOST_LINES_OF_A_FILE = 450
 # Files that are longer still, with the length that they may not exceed. The list may only shrink.
-DEBTS: dict[str, int] = {"gateway": 513}
+DEBTS: dict[str, int] = {}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -290,11 +290,11 @@ def test_the_gateways_request_is_built_once() -> None:
         if isinstance(node, ast.Dict)
         and {"model", "messages"} <= {key.value for key in node.keys if isinstance(key, ast.Constant)}
     ]
-    assert bodies == [("gateway", "build_request")]
+    assert bodies == [("gateway/request", "build_request")]
     named = [(room, function_of(node)) for room in ROOMS for text, node in strings(room) if "adapter-session-" in text]
-    assert sorted(named) == [("gateway", "agent_session"), ("gateway", "build_request")]
+    assert sorted(named) == [("gateway/request", "agent_session"), ("gateway/request", "build_request")]
     sent = [(room, function_of(node)) for room in ROOMS for text, node in strings(room) if "chat/completions" in text]
-    assert len(sent) == 1 and sent[0][0] == "gateway"
+    assert len(sent) == 1 and sent[0][0] == "gateway/client"
 
 
 # --- what is found nowhere ----------------------------------------------------------------------------
