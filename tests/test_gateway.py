@@ -109,7 +109,7 @@ def test_what_is_no_completion_is_an_error(data: bytes) -> None:
     reader = CompletionReader()
     with pytest.raises(errors.GatewayError) as caught:
         reader.feed(frame("before") + data)
-    assert (caught.value.name, caught.value.retryable) == ("gateway_error", False)
+    assert (caught.value.code, caught.value.retryable) == ("gateway_error", False)
     assert reader.rest() == "before"
 
 
