@@ -103,10 +103,10 @@ def last_frames(reply: LiveReply) -> bytes:
     """The end of a reply: why it ended, what it used, what failed, and `[DONE]`."""
     frame: dict[str, object] = {"id": str(reply.id), "object": "chat.completion.chunk"}
     if reply.error is not None:
-        frame["error"] = json.loads(reply.error)
+        frame["error"] = reply.error
     reason = FINISH_REASONS.get(reply.status, reply.status)
     frame["choices"] = [{"index": 0, "delta": {"content": ""}, "finish_reason": reason}]
-    frame["usage"] = reply.usage and json.loads(reply.usage)
+    frame["usage"] = reply.usage
     return f"id: {reply.length}\ndata: {json.dumps(frame)}\n\ndata: [DONE]\n\n".encode()
 
 
@@ -177,8 +177,7 @@ def _message_ids(reply: LiveReply) -> dict[str, str]:
 
 def _raise_failure(reply: LiveReply) -> None:
     if reply.error is not None:
-        failure = Failure.model_validate_json(reply.error)
-        raise errors.failure(failure.code, failure.message, failure.retryable, reply.id)
+        raise errors.failure(**reply.error, message_id=reply.id)
 
 
 # --- chat ---------------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ async def chat(
         role="assistant",
         content=reply.text(),
         status=reply.status,
-        usage=Usage.model_validate_json(reply.usage) if reply.usage else None,
+        usage=Usage.model_validate(reply.usage) if reply.usage else None,
         created_at=reply.created_at,
     )
 
@@ -338,8 +337,6 @@ def _render(
                 **message._asdict(),
                 "image": urls[0] if urls else None,
                 "images": urls,
-                "error": message.error and json.loads(message.error),
-                "usage": message.usage and json.loads(message.usage),
             }
         )
     return json.dumps(page, ensure_ascii=False).encode()

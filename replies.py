@@ -3,7 +3,7 @@
 import asyncio
 from bisect import bisect_right
 
-from sql import Reply, Status
+from sql import Failure, Reply, Status
 
 FINAL = frozenset({"complete", "stopped", "interrupted", "failed", "empty"})
 
@@ -64,8 +64,8 @@ class LiveReply:
         if row.status != self.status:
             self.end(row.status, row.usage, row.error)
 
-    def end(self, status: Status, usage: str | None, error: str | None) -> None:
-        """Sets the status, usage and error (JSON, as stored) and wakes the readers."""
+    def end(self, status: Status, usage: dict[str, int] | None, error: Failure | None) -> None:
+        """Sets the status, usage and error and wakes the readers."""
         self.status, self.usage, self.error = status, usage, error
         self.wake()
 

@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
     status: Status
     usage: dict[str, int] | None = None
-    error: dict[str, object] | None = None
+    error: sql.Failure | None = None
 
 
 def _failed(error: errors.AppError) -> Outcome:
@@ -180,8 +180,10 @@ class Turns:
     async def _begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
         staged = await asyncio.to_thread(self._images.stage, said.images) if said.images else []
 
+        turn = sql.NewTurn(user_id, session_key, said.text, said.label(), said.digest(), key, self.owner)
+
         def store(conn: Connection) -> sql.Begun:
-            begun = sql.begin_turn(conn, user_id, session_key, said.text, said.label(), said.digest(), key, self.owner)
+            begun = sql.begin_turn(conn, turn)
             if staged and not begun.existing:
                 sql.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
             return begun
@@ -265,13 +267,11 @@ class Turns:
             return _failed(errors.AppError("The service failed while it made this reply; its log says why."))
 
     async def _finish(self, reply: LiveReply, outcome: Outcome) -> None:
+        ending = sql.Ending(outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error)
         stored = False
         while not stored:
             try:
-                await self._db.write(
-                    sql.finish_turn,
-                    *(reply.id, self.owner, outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error),
-                )
+                await self._db.write(sql.finish_turn, reply.id, self.owner, ending)
                 stored = True
             except errors.Unavailable:
                 log.error("the end of reply %d could not be stored", reply.id)

@@ -3,6 +3,7 @@
 from .adoption import LEGACY, AdoptionContext, KeptImage
 from .deletes import delete_project, delete_session, delete_user
 from .messages import (
+    Failure,
     Message,
     Status,
     insert_images,
@@ -28,7 +29,9 @@ from .sessions import (
 from .turns import (
     WAITING_TURNS,
     Begun,
+    Ending,
     Halted,
+    NewTurn,
     Reply,
     Turn,
     begin_turn,
@@ -67,10 +70,13 @@ __all__ = [
     "WAITING_TURNS",
     "AdoptionContext",
     "Begun",
+    "Ending",
     "Errand",
+    "Failure",
     "Halted",
     "KeptImage",
     "Message",
+    "NewTurn",
     "Project",
     "Reply",
     "Session",

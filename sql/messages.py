@@ -1,8 +1,9 @@
 """Messages and their images."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from sqlite3 import Connection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import errors
 
@@ -12,17 +13,35 @@ from .sessions import OWNED_SESSION, select_session
 Status = Literal["queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty"]
 
 
+class Failure(TypedDict):
+    """Why a reply failed or was interrupted, as the contract shows it."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
 class Message(NamedTuple):
     id: int
     role: str
     content: str
     status: Status
-    error: str | None
-    usage: str | None
+    error: Failure | None
+    usage: dict[str, int] | None
     created_at: str
 
 
 _MESSAGE = "m.id, m.role, m.content, m.status, m.error, m.usage, m.created_at"
+
+
+def decoded(column: str | None) -> Any:
+    """The value of a column that holds JSON or NULL."""
+    return None if column is None else json.loads(column)
+
+
+def _message(row: Sequence[Any]) -> Message:
+    message_id, role, content, status, error, usage, created_at = row
+    return Message(message_id, role, content, status, decoded(error), decoded(usage), created_at)
 
 
 def select_messages(
@@ -34,7 +53,7 @@ def select_messages(
         f"SELECT {_MESSAGE} FROM messages m WHERE m.session_id = ? AND m.id < ? ORDER BY m.id DESC LIMIT ?",
         (session_id, MAX_ID if before is None else before, -1 if limit is None else limit),
     ).fetchall()
-    return [Message(*row) for row in reversed(rows)]
+    return [_message(row) for row in reversed(rows)]
 
 
 def select_images(conn: Connection, first: int, last: int, session_id: int) -> dict[int, list[tuple[int, str]]]:
@@ -79,4 +98,4 @@ def select_owned_message(conn: Connection, user_id: int, session_id: int, messag
     ).fetchone()
     if row is None:
         raise errors.NotFound("There is no such message.", code="message_not_found")
-    return Message(*row)
+    return _message(row)

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Sequence
 from sqlite3 import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import errors
 from clock import now
 
-from .messages import Status
+from .messages import Failure, Status, decoded
 from .sessions import check_chat_session
 
 WAITING_TURNS = 10  # contract: at most 10 turns wait in a session
@@ -23,8 +23,8 @@ class Reply(NamedTuple):
     session_id: int
     content: str
     status: Status
-    error: str | None
-    usage: str | None
+    error: Failure | None
+    usage: dict[str, int] | None
     created_at: str
     owner: str | None
 
@@ -45,6 +45,28 @@ class Turn(NamedTuple):
     run_id: str | None
 
 
+class NewTurn(NamedTuple):
+    """A message to be answered. `digest` identifies what is said, `owner` is the worker that begins the turn."""
+
+    user_id: int
+    session_key: str
+    text: str
+    label: str
+    digest: str
+    idempotency_key: str | None
+    owner: str
+
+
+class Ending(NamedTuple):
+    """How a turn ended, with the whole text of its reply."""
+
+    status: Status
+    text: str
+    run_id: str | None
+    usage: dict[str, int] | None
+    error: Failure | None
+
+
 class Begun(NamedTuple):
     """A turn that was begun now, or (`existing`) one begun before with the same key."""
 
@@ -54,43 +76,41 @@ class Begun(NamedTuple):
     existing: bool
 
 
-def begin_turn(
-    conn: Connection, user_id: int, session_key: str, text: str, label: str, digest: str, key: str | None, owner: str
-) -> Begun:
+def begin_turn(conn: Connection, turn: NewTurn) -> Begun:
     """Stores a user's message and the empty row of its reply, `streaming` or, behind others, `queued`.
 
-    `digest` stands for what is said; with an idempotency `key` used before, the turn begun then comes back.
-    Raises errors.NotFound, errors.Unprocessable (the key with another digest), errors.TooMany.
+    With an idempotency key that was used before, returns the turn that was begun then. Raises errors.NotFound,
+    errors.Unprocessable (the key was used with another digest), errors.TooMany.
     """
-    session_id = check_chat_session(conn, user_id, session_key)
-    if key is not None and (begun := _select_begun(conn, session_id, key, digest)):
+    session_id = check_chat_session(conn, turn.user_id, turn.session_key)
+    if turn.idempotency_key is not None and (begun := _select_begun(conn, session_id, turn)):
         return begun
     live = _count_live(conn, session_id)
     at = now()
     conn.execute(
         "UPDATE sessions SET last_used_at = ?, label = coalesce(nullif(label, ''), ?) WHERE id = ?",
-        (at, label or None, session_id),
+        (at, turn.label or None, session_id),
     )
     insert = "INSERT INTO messages (session_id, role, content, status, created_at) VALUES (?, ?, ?, ?, ?)"
-    message_id = conn.execute(insert, (session_id, "user", text, "complete", at)).lastrowid or 0
+    message_id = conn.execute(insert, (session_id, "user", turn.text, "complete", at)).lastrowid or 0
     status = "queued" if live else "streaming"
     reply_id = conn.execute(insert, (session_id, "assistant", "", status, at)).lastrowid or 0
     conn.execute(
         "INSERT INTO turns (reply_id, message_id, session_id, idempotency_key, digest, owner) "
         "VALUES (?, ?, ?, ?, ?, ?)",
-        (reply_id, message_id, session_id, key, digest, owner),
+        (reply_id, message_id, session_id, turn.idempotency_key, turn.digest, turn.owner),
     )
     return Begun(reply_id, message_id, session_id, existing=False)
 
 
-def _select_begun(conn: Connection, session_id: int, key: str, digest: str) -> Begun | None:
+def _select_begun(conn: Connection, session_id: int, turn: NewTurn) -> Begun | None:
     row = conn.execute(
         "SELECT reply_id, message_id, digest FROM turns WHERE session_id = ? AND idempotency_key = ?",
-        (session_id, key),
+        (session_id, turn.idempotency_key),
     ).fetchone()
     if row is None:
         return None
-    if row[2] != digest:
+    if row[2] != turn.digest:
         raise errors.Unprocessable(
             "This Idempotency-Key was used in this session for another message: use a new key for a new message.",
             code="idempotency_key_reused",
@@ -121,7 +141,12 @@ def select_reply(conn: Connection, reply_id: int) -> Reply | None:
         "FROM messages m LEFT JOIN turns t ON t.reply_id = m.id WHERE m.id = ? AND m.role = 'assistant'",
         (reply_id,),
     ).fetchone()
-    return row and Reply(*row)
+    return row and _reply(row)
+
+
+def _reply(row: Sequence[Any]) -> Reply:
+    reply_id, message_id, session_id, content, status, error, usage, created_at, owner = row
+    return Reply(reply_id, message_id, session_id, content, status, decoded(error), decoded(usage), created_at, owner)
 
 
 def select_turn(conn: Connection, reply_id: int) -> Turn | None:
@@ -181,16 +206,7 @@ def update_replies(conn: Connection, owner: str, replies: Sequence[tuple[int, st
     return lost
 
 
-def finish_turn(
-    conn: Connection,
-    reply_id: int,
-    owner: str,
-    status: Status,
-    text: str,
-    run_id: str | None,
-    usage: dict[str, int] | None,
-    error: dict[str, object] | None,
-) -> bool:
+def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> bool:
     """The end of a turn, in one write. False where it is not this worker's any more, and nothing changed."""
     done = conn.execute(
         f"UPDATE messages SET status = :status, content = :content, usage = :usage, error = :error "
@@ -198,13 +214,13 @@ def finish_turn(
         {
             "id": reply_id,
             "owner": owner,
-            "status": status,
-            "content": text,
-            "usage": usage and json.dumps(usage),
-            "error": error and json.dumps(error),
+            "status": ending.status,
+            "content": ending.text,
+            "usage": ending.usage and json.dumps(ending.usage),
+            "error": ending.error and json.dumps(ending.error),
         },
     ).rowcount
-    conn.execute("UPDATE turns SET run_id = coalesce(?, run_id) WHERE reply_id = ?", (run_id, reply_id))
+    conn.execute("UPDATE turns SET run_id = coalesce(?, run_id) WHERE reply_id = ?", (ending.run_id, reply_id))
     return done == 1
 
 

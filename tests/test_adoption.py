@@ -239,7 +239,7 @@ def test_no_id_is_used_twice(path: Path) -> None:
     with closing(database.connect(path, read_only=False)) as conn:
         assert sql.insert_user(conn, "new@example.com", None, "hash").id == 4
         (key,) = conn.execute("SELECT session_key FROM sessions WHERE id = 58").fetchone()
-        begun = sql.begin_turn(conn, 1, key, "", "", "", None, "")
+        begun = sql.begin_turn(conn, sql.NewTurn(1, key, "", "", "", None, ""))
         assert begun.message_id == 364
 
 

@@ -67,7 +67,7 @@ def make(path: Path, *emails: str) -> Path:
             sql.insert_user(conn, email, None, "hash")
         project = sql.insert_project(conn, 1, "P", None, str(path.parent / "projects" / "p"), 0)
         session = sql.insert_session(conn, 1, project.id, None, "main")
-        sql.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", None, "me")
+        sql.begin_turn(conn, sql.NewTurn(1, session.session_key, "Hi", "Hi", "digest", None, "me"))
     return path
 
 

@@ -60,7 +60,7 @@ def conn(path: Path) -> Iterator[Connection]:
 def begin(conn: Connection, key: str | None = None, owner: str = "me") -> sql.Begun:
     """A turn in the session."""
     session = sql.select_session(conn, 1, 1)
-    return sql.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", key, owner)
+    return sql.begin_turn(conn, sql.NewTurn(1, session.session_key, "Hi", "Hi", "digest", key, owner))
 
 
 # --- transactions -------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_what_is_not_ours_is_not_written(conn: Connection) -> None:
     """A worker that lost a turn can neither store its text nor end it."""
     begun = begin(conn, owner="another")
     assert sql.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
-    assert not sql.finish_turn(conn, begun.reply_id, "me", "complete", "text", None, None, None)
+    assert not sql.finish_turn(conn, begun.reply_id, "me", sql.Ending("complete", "text", None, None, None))
     reply = sql.select_reply(conn, begun.reply_id)
     assert reply is not None
     assert (reply.status, reply.content) == ("streaming", "")
