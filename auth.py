@@ -393,9 +393,7 @@ async def delete_me(
 ) -> Done:
     """Deletes the account and everything it owns, on disk and in the gateway too."""
     await _confirm(user, body.password, request, identity)
-    await parts.turns.clear(parts.db.read(sql.select_session_ids, user.id))
-    await parts.db.write(sql.delete_user, user.id)
-    await parts.outbox.do_errands()
+    await parts.turns.delete(sql.delete_user, user.id)
     return Done(message="Account deleted")
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import errors
@@ -11,12 +11,13 @@ import file_utils
 import gateway
 import image_handler
 import sql
+from background import Tasks
 from database import Database
-from sql import Errand
+from sql import OutboxJob
 
 log = logging.getLogger("clawd.turns")
 
-ERRAND_AT_MOST = 30  # seconds between two tries of an errand
+RETRY_AT_MOST = 30  # seconds between two tries of a job
 
 
 class Outbox:
@@ -30,52 +31,48 @@ class Outbox:
         self._gateway = openclaw
         self._images = images
         self._projects = projects
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def close(self) -> None:
         """Returns when nothing is being done any more."""
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            await self._tasks.wait()
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def do_errands(self) -> None:
-        """Does what the outbox says. Returns when folders and images are gone; the gateway, which may be
-        down, is not waited for."""
-        if not self._db.read(sql.has_due_errands, time.time()):
+    async def run_due_jobs(self) -> None:
+        """Claims the jobs that are due and nobody's, and runs them as `run` does."""
+        if not self._db.read(sql.has_due_outbox_jobs, time.time()):
             return
-        errands = await self._db.write(sql.claim_errands, self._db.lease.name, time.time())
-        for errand in errands:
-            if errand.kind != "gateway_session":
-                await self._do(errand)
-        remote = [errand for errand in errands if errand.kind == "gateway_session"]
+        await self.run(await self._db.write(sql.claim_outbox_jobs, self._db.lease.name, time.time()))
+
+    async def run(self, jobs: Sequence[OutboxJob]) -> None:
+        """Runs jobs that this worker owns. Returns when folders and images are gone; the gateway, which may be
+        down, is not waited for."""
+        for job in jobs:
+            if job.kind != "gateway_session":
+                await self._do(job)
+        remote = [job for job in jobs if job.kind == "gateway_session"]
         if remote:
-            self._spawn(self._do_all(remote))
+            self._tasks.spawn(self._do_all(remote))
 
-    async def _do_all(self, errands: Sequence[Errand]) -> None:
-        for errand in errands:
-            await self._do(errand)
+    async def _do_all(self, jobs: Sequence[OutboxJob]) -> None:
+        for job in jobs:
+            await self._do(job)
 
-    async def _do(self, errand: Errand) -> None:
+    async def _do(self, job: OutboxJob) -> None:
         try:
-            if errand.kind == "gateway_session":
-                agent_id, session_key = errand.target.split(" ", 1)  # a key of old may have a space, an agent none
+            if job.kind == "gateway_session":
+                agent_id, session_key = job.target.split(" ", 1)  # a key of old may have a space, an agent none
                 await self._gateway.delete_session(agent_id, session_key)
-            elif errand.kind == "images":
-                await asyncio.to_thread(self._images.remove_session, errand.target)
+            elif job.kind == "images":
+                await asyncio.to_thread(self._images.remove_session, job.target)
             else:
-                await asyncio.to_thread(self._remove_folder, Path(errand.target))
+                await asyncio.to_thread(self._remove_folder, Path(job.target))
         except errors.AppError as error:
-            delay = min(2**errand.attempts, ERRAND_AT_MOST)
-            log.warning(
-                "%s %s stays to be removed, again in %d s: %s", errand.kind, errand.target, delay, error.message
-            )
-            await self._db.write(sql.postpone_errand, errand.id, time.time() + delay)
+            delay = min(2**job.attempts, RETRY_AT_MOST)
+            log.warning("could not remove %s %s, retrying in %d s: %s", job.kind, job.target, delay, error.message)
+            await self._db.write(sql.postpone_outbox_job, job.id, time.time() + delay)
         else:
-            await self._db.write(sql.delete_errand, errand.id)
+            await self._db.write(sql.delete_outbox_job, job.id)
 
     def _remove_folder(self, folder: Path) -> None:
         if file_utils.is_below(self._projects, folder):

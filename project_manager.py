@@ -16,6 +16,7 @@ import errors
 import file_utils
 import sql
 from auth import CurrentUser
+from background import completed
 from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.projects")
@@ -114,41 +115,36 @@ async def list_projects(user: CurrentUser, parts: OpenParts) -> list[ProjectOut]
 )
 async def create_project(body: ProjectIn, user: CurrentUser, parts: OpenParts) -> ProjectOut:
     """Makes a project and its folder with a `README.md`: both, or neither."""
-    return _project_out(await asyncio.shield(asyncio.ensure_future(_create(parts, user.id, body))))
+    return _project_out(await completed(_create(parts, user.id, body)))
 
 
 async def _create(parts: Parts, user_id: int, body: ProjectIn) -> sql.Project:
-    async with _new_folder(parts, body.name, body.description) as (folder, errand):
-        return await parts.db.write(sql.insert_project, user_id, body.name, body.description, folder, errand)
+    async with _new_folder(parts, body.name, body.description) as (folder, job):
+        return await parts.db.write(sql.insert_project, user_id, body.name, body.description, folder, job.id)
 
 
 async def _give_folder(parts: Parts, project: sql.Project) -> str:
     """The folder of a project of old that has none: a new one, or what another request gave it meanwhile."""
-    async with _new_folder(parts, project.name, project.description) as (folder, errand):
-        given = await parts.db.write(sql.update_project_path, project.id, folder, errand)
+    async with _new_folder(parts, project.name, project.description) as (folder, job):
+        given = await parts.db.write(sql.update_project_path, project.id, folder, job.id)
     if given != folder:
-        await _abandon(parts, errand)
+        await parts.outbox.run([job])
     return given
 
 
 @asynccontextmanager
-async def _new_folder(parts: Parts, name: str, description: str | None) -> AsyncIterator[tuple[str, int]]:
-    """A new folder below PROJECTS_DIR, and the errand that removes it unless a row of ours calls that off."""
+async def _new_folder(parts: Parts, name: str, description: str | None) -> AsyncIterator[tuple[str, sql.OutboxJob]]:
+    """A new folder below PROJECTS_DIR, and the job that removes it unless a row of ours calls that off."""
     stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     folder = parts.settings.projects / f"{file_utils.slug(name)}_{stamp}"
-    # Whoever finds this errand after we died removes a folder that has no row.
-    errand = await parts.db.write(sql.insert_errand, "folder", str(folder), parts.turns.owner)
+    # Whoever finds this job after we died removes a folder that has no row.
+    job = await parts.db.write(sql.insert_outbox_job, "folder", str(folder), parts.turns.owner)
     try:
         await asyncio.to_thread(_make_folder, folder, name, description)
-        yield str(folder), errand
+        yield str(folder), job
     except Exception:
-        await _abandon(parts, errand)
+        await parts.outbox.run([job])
         raise
-
-
-async def _abandon(parts: Parts, errand: int) -> None:
-    await parts.db.write(sql.postpone_errand, errand, 0)  # it is due now, and anybody's
-    await parts.outbox.do_errands()
 
 
 def _make_folder(folder: Path, name: str, description: str | None) -> None:
@@ -172,10 +168,7 @@ async def change_project(project_id: Id, body: ProjectChange, user: CurrentUser,
 @router.delete("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def delete_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
     """Stops what runs in the project and deletes it: rows, images, folder, and its sessions in the gateway."""
-    parts.db.read(sql.select_project, user.id, project_id)
-    await parts.turns.clear(parts.db.read(sql.select_session_ids, user.id, project_id))
-    await parts.db.write(sql.delete_project, user.id, project_id)
-    await parts.outbox.do_errands()
+    await parts.turns.delete(sql.delete_project, user.id, project_id)
     return Deleted(message="Project deleted")
 
 
@@ -234,10 +227,7 @@ async def delete_session_of_project(project_id: Id, session_id: Id, user: Curren
 
 
 async def _delete_session(parts: Parts, user_id: int, session_id: int, project_id: int | None) -> Deleted:
-    parts.db.read(sql.select_session, user_id, session_id, project_id)
-    await parts.turns.clear([session_id])
-    await parts.db.write(sql.delete_session, user_id, session_id)
-    await parts.outbox.do_errands()
+    await parts.turns.delete(sql.delete_session, user_id, session_id, project_id)
     return Deleted(message="Session deleted")
 
 
@@ -297,6 +287,6 @@ async def write_file(project_id: Id, path: str, body: FileIn, user: CurrentUser,
     if len(data) > MAX_FILE:
         raise errors.TooLarge("A file may have 10 MB at most.", code="file_too_large")
     project = parts.db.read(sql.select_project, user.id, project_id)
-    root = project.project_path or await asyncio.shield(asyncio.ensure_future(_give_folder(parts, project)))
+    root = project.project_path or await completed(_give_folder(parts, project))
     await asyncio.to_thread(file_utils.write_file, Path(root), path, data)
     return FileWritten(size=len(data))

@@ -9,13 +9,12 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
-from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec
 from weakref import WeakValueDictionary
 
 import errors
@@ -23,11 +22,14 @@ import gateway
 import image_handler
 import sql
 import telemetry
+from background import Tasks, completed, repeat
 from database import Database
 from outbox import Outbox
 from replies import LiveReply
 from settings import Settings
 from sql import Status
+
+P = ParamSpec("P")
 
 log = logging.getLogger("clawd.turns")
 
@@ -37,7 +39,6 @@ TEND_EVERY = 3.0  # seconds between looks for what the dead left; contract: with
 STOP_WITHIN = 3.0  # seconds that a stop waits for the end of a turn, in whichever process
 LABEL_LENGTH = 60  # characters of a label taken from the first message
 RETRY_AFTER = 0.3  # seconds before the one retry of a refused connection
-FAILED_AT_MOST = 5  # seconds between two tries of a background job that fails
 
 
 class Said(NamedTuple):
@@ -110,7 +111,7 @@ class Turns:
         self._drain_seconds = settings.drain_seconds
         self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
         self._running: dict[int, _Running] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._seen = -1
         self.draining = False
 
@@ -124,9 +125,9 @@ class Turns:
     def open(self) -> None:
         """Starts what goes on beside the requests: storing, watching, tending."""
         self._beside = [
-            asyncio.create_task(_again(STORE_EVERY, self._store_texts)),
-            asyncio.create_task(_again(WATCH_EVERY, self._watch)),
-            asyncio.create_task(_again(TEND_EVERY, self._tend)),
+            asyncio.create_task(repeat(STORE_EVERY, self._store_texts, log)),
+            asyncio.create_task(repeat(WATCH_EVERY, self._watch, log)),
+            asyncio.create_task(repeat(TEND_EVERY, self._tend, log)),
         ]
 
     @property
@@ -151,7 +152,7 @@ class Turns:
         while self._tasks:
             for reply_id in list(self._running):  # those too that were begun meanwhile
                 self._cancel(reply_id, _interrupted())
-            await asyncio.wait(self._tasks, timeout=0.1)
+            await self._tasks.wait(seconds=0.1)
         await self._outbox.close()
 
     async def close(self) -> None:
@@ -160,11 +161,6 @@ class Turns:
         for task in self._beside:
             task.cancel()
         await asyncio.gather(*self._beside, return_exceptions=True)
-
-    def _spawn(self, work: Coroutine[object, object, None], context: Context | None = None) -> None:
-        task = asyncio.create_task(work, context=context)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # --- beginning and reading ---
 
@@ -175,7 +171,7 @@ class Turns:
         A caller that is cancelled meanwhile leaves no turn without a task. Raises errors.NotFound,
         errors.TooMany, errors.Unprocessable as `sql.begin_turn` does.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._begin(user_id, session_key, said, key)))
+        return await completed(self._begin(user_id, session_key, said, key))
 
     async def _begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
         staged = await asyncio.to_thread(self._images.stage, said.images) if said.images else []
@@ -229,7 +225,7 @@ class Turns:
             task = asyncio.create_task(work(reply), context=context)
             running = _Running(reply, task, (reply.length, None))
             self._running[reply.id] = running
-            self._spawn(self._see_through(running), context)
+            self._tasks.spawn(self._see_through(running), context)
 
     def _cancel(self, reply_id: int, ending: Outcome) -> None:
         running = self._running.get(reply_id)
@@ -359,8 +355,10 @@ class Turns:
         for reply in list(self._replies.values()):
             if reply.id not in self._running and not reply.is_final:
                 reply.follow(self._db.read(sql.select_reply, reply.id))
-        for reply_id in self._db.read(sql.select_stops, self.owner):
-            self._cancel(reply_id, Outcome("stopped"))
+        owned = self._db.read(sql.select_running, self.owner)
+        for reply_id in list(self._running):
+            if owned.get(reply_id, True):  # its stop was requested, or its row was deleted
+                self._cancel(reply_id, Outcome("stopped"))
         await self._claim()
 
     async def _claim(self) -> None:
@@ -381,7 +379,7 @@ class Turns:
                     if reply is not None:
                         self._start(reply, self._recover)
         await self._claim()
-        await self._outbox.do_errands()
+        await self._outbox.run_due_jobs()
 
     # --- stopping and deleting ---
 
@@ -401,20 +399,24 @@ class Turns:
         row = self._db.read(sql.select_reply, reply_id)
         return row is not None and row.status == "streaming"
 
-    async def clear(self, session_ids: Sequence[int]) -> None:
-        """Stops these sessions for good, before they are deleted: nothing new begins in them."""
-        await self._db.write(sql.archive_sessions, session_ids)
-        await self.stop(session_ids)
+    async def delete(
+        self, statement: Callable[Concatenate[Connection, str, P], sql.Deleted], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Deletes by `sql.delete_session`, `sql.delete_project` or `sql.delete_user`, in one transaction, and stops
+        what ran in the sessions that are gone. Returns when their images and folders are removed; their sessions in
+        the gateway are removed in the background.
 
+        Raises what the statement raises, and then nothing has changed. A caller that is cancelled meanwhile leaves
+        nothing half done.
+        """
+        await completed(self._delete(lambda conn: statement(conn, self.owner, *args, **kwargs)))
 
-async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-    """Does it over and over. What fails once is logged, and tried again next time."""
-    failed = 0
-    while True:
-        try:
-            await work()
-            failed = 0
-        except Exception:
-            failed += 1
-            log.exception("%s failed, it goes on", getattr(work, "__name__", "a background job"))
-        await asyncio.sleep(min(seconds * 2**failed, max(seconds, FAILED_AT_MOST)))
+    async def _delete(self, statement: Callable[[Connection], sql.Deleted]) -> None:
+        deleted = await self._db.write(statement)
+        self._metrics.count_turns("stopped", deleted.dropped)
+        for reply_id in deleted.running:
+            self._cancel(reply_id, Outcome("stopped"))
+        ending = [self._running[reply_id].work for reply_id in deleted.running if reply_id in self._running]
+        if ending:  # the gateway must not be asked to remove a session in which we still hold a run
+            await asyncio.wait(ending, timeout=STOP_WITHIN)
+        await self._outbox.run(deleted.jobs)

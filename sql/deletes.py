@@ -1,35 +1,84 @@
-"""Deletes, with all rows below and the outbox entries for what lies outside the database."""
+"""Deletes: rows with everything below them, and the outbox jobs for what lies outside the database.
 
+Each is one transaction. Foreign keys cascade from users to projects, sessions, messages, turns and images.
+"""
+
+import time
 from sqlite3 import Connection
+from typing import NamedTuple
 
-from .outbox import insert_errand
+from .outbox import OutboxJob, insert_outbox_job
 from .projects import select_project
 from .sessions import select_session
 
-
-def delete_user(conn: Connection, user_id: int) -> None:
-    """The account and every row it owns; what lies outside the database goes into the outbox."""
-    for (project_id,) in conn.execute("SELECT id FROM projects WHERE user_id = ?", (user_id,)).fetchall():
-        delete_project(conn, user_id, project_id)
-    conn.execute("DELETE FROM users WHERE id = ?", (user_id,))
+_SESSIONS = "sessions s JOIN projects p ON p.id = s.project_id"
 
 
-def delete_project(conn: Connection, user_id: int, project_id: int) -> None:
-    """A project with its sessions and messages; its folder goes into the outbox. Raises errors.NotFound."""
-    project = select_project(conn, user_id, project_id)
-    for session in conn.execute("SELECT id FROM sessions WHERE project_id = ?", (project_id,)).fetchall():
-        delete_session(conn, user_id, session[0])
-    if project.project_path:
-        insert_errand(conn, "folder", project.project_path)
-    conn.execute("DELETE FROM projects WHERE id = ?", (project_id,))
+class Deleted(NamedTuple):
+    """What a delete leaves to its caller: replies that ran, and outbox jobs, which the caller owns.
 
-
-def delete_session(conn: Connection, user_id: int, session_id: int) -> None:
-    """A session with its messages; its images and its session in the gateway go into the outbox.
-
-    Raises errors.NotFound.
+    `dropped` is the number of turns that waited.
     """
-    session = select_session(conn, user_id, session_id)
-    insert_errand(conn, "images", session.session_key)
-    insert_errand(conn, "gateway_session", f"{session.agent_id} {session.session_key}")
+
+    running: list[int]
+    dropped: int
+    jobs: list[OutboxJob]
+
+
+def delete_session(
+    conn: Connection, owner: str, user_id: int, session_id: int, project_id: int | None = None
+) -> Deleted:
+    """Deletes a session (of that project, where one is given) with its messages. Raises errors.NotFound."""
+    select_session(conn, user_id, session_id, project_id)
+    deleted = _leave_sessions(conn, owner, "s.id = ?", session_id)
     conn.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+    return deleted
+
+
+def delete_project(conn: Connection, owner: str, user_id: int, project_id: int) -> Deleted:
+    """Deletes a project with its sessions and messages. Raises errors.NotFound."""
+    project = select_project(conn, user_id, project_id)
+    deleted = _leave_sessions(conn, owner, "s.project_id = ?", project_id)
+    if project.project_path:
+        deleted.jobs.append(insert_outbox_job(conn, "folder", project.project_path, owner))
+    conn.execute("DELETE FROM projects WHERE id = ?", (project_id,))
+    return deleted
+
+
+def delete_user(conn: Connection, owner: str, user_id: int) -> Deleted:
+    """Deletes an account and every row that it owns. One that does not exist is not an error."""
+    deleted = _leave_sessions(conn, owner, "p.user_id = ?", user_id)
+    deleted.jobs.extend(
+        _insert_jobs(
+            conn,
+            owner,
+            "SELECT 'folder', p.project_path, ?, 1, ? FROM projects p WHERE p.user_id = ? AND p.project_path <> ''",
+            user_id,
+        )
+    )
+    conn.execute("DELETE FROM users WHERE id = ?", (user_id,))
+    return deleted
+
+
+def _leave_sessions(conn: Connection, owner: str, condition: str, value: int) -> Deleted:
+    """What must be stopped and removed for the sessions of a condition, before their rows go."""
+    turns = f"SELECT id FROM messages WHERE session_id IN (SELECT s.id FROM {_SESSIONS} WHERE {condition})"
+    running = [row[0] for row in conn.execute(f"{turns} AND status = 'streaming'", (value,))]
+    waiting = conn.execute(f"{turns} AND status = 'queued'", (value,)).fetchall()
+    targets = (("images", "s.session_key"), ("gateway_session", "s.agent_id || ' ' || s.session_key"))
+    jobs = [
+        job
+        for kind, target in targets
+        for job in _insert_jobs(
+            conn, owner, f"SELECT '{kind}', {target}, ?, 1, ? FROM {_SESSIONS} WHERE {condition}", value
+        )
+    ]
+    return Deleted(running, len(waiting), jobs)
+
+
+def _insert_jobs(conn: Connection, owner: str, query: str, value: int) -> list[OutboxJob]:
+    rows = conn.execute(
+        f"INSERT INTO outbox (kind, target, owner, attempts, due_at) {query} RETURNING id, kind, target, attempts",
+        (owner, time.time(), value),
+    )
+    return [OutboxJob(*row) for row in rows.fetchall()]

@@ -20,9 +20,9 @@ _PROJECT = "p.id, p.user_id, p.name, p.description, p.project_path, p.created_at
 
 
 def insert_project(
-    conn: Connection, user_id: int, name: str, description: str | None, project_path: str, errand_id: int
+    conn: Connection, user_id: int, name: str, description: str | None, project_path: str, job_id: int
 ) -> Project:
-    """A project whose folder exists; the errand that would have removed an abandoned folder is called off.
+    """A project whose folder exists; the job that would have removed an abandoned folder is called off.
 
     Raises errors.NotFound where the account is gone meanwhile.
     """
@@ -33,7 +33,7 @@ def insert_project(
     ).fetchone()
     if row is None:
         raise errors.NotFound("The account was deleted meanwhile.", code="project_not_found")
-    conn.execute("DELETE FROM outbox WHERE id = ?", (errand_id,))
+    conn.execute("DELETE FROM outbox WHERE id = ?", (job_id,))
     return Project(*row)
 
 
@@ -65,8 +65,8 @@ def update_project(
     return select_project(conn, user_id, project_id)
 
 
-def update_project_path(conn: Connection, project_id: int, project_path: str, errand_id: int) -> str:
-    """Gives a project of old that has no folder this one, and calls off the errand that would remove it; returns
+def update_project_path(conn: Connection, project_id: int, project_path: str, job_id: int) -> str:
+    """Gives a project of old that has no folder this one, and calls off the job that would remove it; returns
     the folder that it has then. Raises errors.NotFound where the project is gone."""
     row = conn.execute("SELECT project_path FROM projects WHERE id = ?", (project_id,)).fetchone()
     if row is None:
@@ -74,5 +74,5 @@ def update_project_path(conn: Connection, project_id: int, project_path: str, er
     if row[0]:
         return str(row[0])
     conn.execute("UPDATE projects SET project_path = ? WHERE id = ?", (project_path, project_id))
-    conn.execute("DELETE FROM outbox WHERE id = ?", (errand_id,))
+    conn.execute("DELETE FROM outbox WHERE id = ?", (job_id,))
     return project_path

@@ -1,7 +1,6 @@
 """Sessions, each a conversation of its own in a project."""
 
 import uuid
-from collections.abc import Sequence
 from sqlite3 import Connection
 from typing import NamedTuple
 
@@ -79,15 +78,6 @@ def update_session(
     return select_session(conn, user_id, session_id)
 
 
-def select_session_ids(conn: Connection, user_id: int, project_id: int | None = None) -> list[int]:
-    """The sessions of a user, or of one of the user's projects."""
-    rows = conn.execute(
-        f"SELECT s.id FROM {OWNED_SESSION} WHERE s.project_id = coalesce(:project_id, p.id)",
-        {"user_id": user_id, "project_id": project_id},
-    )
-    return [row[0] for row in rows]
-
-
 def check_chat_session(conn: Connection, user_id: int, session_key: str) -> int:
     """The id of a session that the user may chat in. Raises errors.NotFound."""
     row = conn.execute(
@@ -97,8 +87,3 @@ def check_chat_session(conn: Connection, user_id: int, session_key: str) -> int:
     if row is None:
         raise _no_session()
     return int(row[0])
-
-
-def archive_sessions(conn: Connection, session_ids: Sequence[int]) -> None:
-    """Lets no new turn begin in these sessions."""
-    conn.executemany("UPDATE sessions SET archived = 1 WHERE id = ?", ((i,) for i in session_ids))

@@ -247,14 +247,14 @@ def _ids(conn: Connection, sql: str, *values: object) -> list[int]:
     return [row[0] for row in conn.execute(sql, values)]
 
 
-def select_stops(conn: Connection, owner: str) -> list[int]:
-    """The replies that this worker runs and was asked to stop."""
-    return _ids(
-        conn,
-        "SELECT m.id FROM messages m JOIN turns t ON t.reply_id = m.id WHERE m.status = 'streaming' "
-        "AND t.stop_requested = 1 AND t.owner = ?",
-        owner,
+def select_running(conn: Connection, owner: str) -> dict[int, bool]:
+    """The replies that this worker runs: reply id → whether its stop was requested."""
+    rows = conn.execute(
+        "SELECT m.id, t.stop_requested = 1 FROM messages m JOIN turns t ON t.reply_id = m.id "
+        "WHERE m.status = 'streaming' AND t.owner = ?",
+        (owner,),
     )
+    return {reply_id: bool(stop) for reply_id, stop in rows}
 
 
 def count_turns(conn: Connection) -> tuple[int, int]:
@@ -265,7 +265,7 @@ def count_turns(conn: Connection) -> tuple[int, int]:
 
 
 def select_owners(conn: Connection) -> list[str]:
-    """The workers that run turns, have them waiting, or are about an errand."""
+    """The workers that run turns, have them waiting, or are about a job."""
     rows = conn.execute(
         "SELECT t.owner FROM messages m JOIN turns t ON t.reply_id = m.id WHERE m.status = 'streaming' "
         "UNION SELECT t.owner FROM messages m JOIN turns t ON t.reply_id = m.id WHERE m.status = 'queued' "
@@ -276,7 +276,7 @@ def select_owners(conn: Connection) -> list[str]:
 
 def inherit(conn: Connection, dead: str, heir: str) -> list[int]:
     """Makes `heir` the owner of the replies that a dead worker left running, and returns them; what it had
-    waiting and its errands are up for grabs."""
+    waiting and its jobs are up for grabs."""
     conn.execute("UPDATE outbox SET owner = NULL WHERE owner = ?", (dead,))
     conn.execute(
         "UPDATE turns SET owner = NULL WHERE owner = ? AND reply_id IN "

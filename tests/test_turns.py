@@ -620,6 +620,21 @@ def _delete(person: Person, what: str, project: JSON, session: JSON) -> None:
         person.delete("/auth/me", password=person.password)
 
 
+def test_a_delete_in_another_process_stops_a_silent_agent(pair: tuple[Service, Service], openclaw: StandIn) -> None:
+    """The process that runs a turn sees that its row is gone, though nothing arrives from the agent, and aborts the
+    agent's run; its readers are told."""
+    one, other = pair
+    with one.person() as ada, ada.at(other.url) as elsewhere:
+        session = ada.session()
+        with ada.listen(session, "[[first=600]]") as (_, stream):
+            until(lambda: openclaw.runs, 5, "the run")
+            elsewhere.delete(f"/sessions/{session['id']}")
+            until(lambda: openclaw.aborted, 2, "the agent's run to be aborted")
+            stream.read()
+        assert (stream.finish, stream.done) == ("stopped", True)
+        until(lambda: openclaw.deleted, 5, "the gateway's session to be deleted")
+
+
 def test_a_delete_does_not_wait_for_a_gateway_that_is_down(tmp_path: Path, openclaw: StandIn) -> None:
     """With the gateway down a delete answers, and is made good when the gateway is back, after a restart too."""
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
@@ -634,14 +649,14 @@ def test_a_delete_does_not_wait_for_a_gateway_that_is_down(tmp_path: Path, openc
 
 
 def test_a_process_that_dies_in_a_delete_leaves_it_to_others(tmp_path: Path, openclaw: StandIn) -> None:
-    """An errand that a dead process had taken is done by the next one."""
+    """A job that a dead process had taken is done by the next one."""
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person, ExitStack() as stack:
         session = person.session()
         port = openclaw.port
         openclaw.stop()
         hole = stack.enter_context(IdleProxy(1, idle=30, port=port))
         person.delete(f"/sessions/{session['id']}")
-        until(lambda: hole.connections, 5, "the process to be about its errand")
+        until(lambda: hole.connections, 5, "the process to be about its job")
         service.kill()
         stack.close()
         openclaw.start()
