@@ -280,7 +280,7 @@ def test_there_is_one_version() -> None:
     """The code's, the project's, and the newest in the changelog."""
     project = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
     newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", text_of("CHANGELOG.md"), re.MULTILINE)[0]
-    assert app.VERSION == project == newest
+    assert app.app.version == project == newest
 
 
 def test_the_changelog_is_one() -> None:
