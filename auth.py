@@ -21,12 +21,12 @@ from passlib.context import CryptContext
 from passlib.exc import UnknownHashError
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 
-import database
 import errors
 import file_utils
+import sql
 import telemetry
 from settings import Settings
-from turns import Body, OpenParts
+from web import Body, OpenParts
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ class Tokens:
         self._key = hmac.digest(secret, b"access-token", "sha256")
         self.ttl = ttl
 
-    def issue(self, user: database.User) -> str:
+    def issue(self, user: sql.User) -> str:
         """A token that speaks for a user until it expires or is revoked."""
         at = int(time.time())
         claims = {"sub": str(user.id), "ver": user.token_version, "jti": uuid.uuid4().hex}
@@ -145,7 +145,7 @@ def _claims(claims: dict[str, Any]) -> Claims:
     subject, version, jti, expires_at = (claims[name] for name in ("sub", "ver", "jti", "exp"))
     if not re.fullmatch("[0-9]{1,18}", subject) or not re.fullmatch("[0-9a-f]{32}", jti):
         raise ValueError("a claim is not ours")
-    if type(version) is not int or type(expires_at) is not int or max(version, expires_at) > database.MAX_ID:
+    if type(version) is not int or type(expires_at) is not int or max(version, expires_at) > sql.MAX_ID:
         raise ValueError("a claim is not ours")
     return Claims(int(subject), version, jti, expires_at)
 
@@ -204,7 +204,7 @@ class Identity:
                 "Signing up needs an invite code here: send the right one as `invite`.", code="signup_closed"
             )
 
-    def token(self, user: database.User) -> "Token":
+    def token(self, user: sql.User) -> "Token":
         """The token object of the contract."""
         token = self.tokens.issue(user)
         return Token(access_token=token, token=token, expires_in=self.tokens.ttl, user=_user_out(user))
@@ -235,7 +235,7 @@ def _unauthorized() -> errors.Unauthorized:
 class Caller(NamedTuple):
     """The user that a request's token speaks for, and the token's claims."""
 
-    user: database.User
+    user: sql.User
     claims: Claims
 
 
@@ -255,19 +255,19 @@ async def _caller(
     if credentials is None:
         raise _unauthorized()
     claims = identity.tokens.check(credentials.credentials)
-    user = parts.db.read(database.select_user_by_token, claims.user_id, claims.version, claims.jti)
+    user = parts.db.read(sql.select_user_by_token, claims.user_id, claims.version, claims.jti)
     if user is None:
         raise _unauthorized()
     telemetry.note(user_id=user.id)
     return Caller(user, claims)
 
 
-async def _current_user(caller: Annotated[Caller, Depends(_caller)]) -> database.User:
+async def _current_user(caller: Annotated[Caller, Depends(_caller)]) -> sql.User:
     return caller.user
 
 
 CurrentCaller = Annotated[Caller, Depends(_caller)]
-CurrentUser = Annotated[database.User, Depends(_current_user)]
+CurrentUser = Annotated[sql.User, Depends(_current_user)]
 
 
 # --- the routes ---------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ class Done(BaseModel):
     message: str
 
 
-def _user_out(user: database.User) -> UserOut:
+def _user_out(user: sql.User) -> UserOut:
     return UserOut(id=user.id, email=user.email, name=user.name, created_at=user.created_at)
 
 
@@ -341,7 +341,7 @@ async def sign_up(body: SignupIn, identity: OpenIdentity, parts: OpenParts) -> T
     """Makes an account and signs it in."""
     identity.check_signup(body.invite)
     hashed = await identity.passwords.hash(body.password)
-    user = await parts.db.write(database.insert_user, body.email, body.name, hashed)
+    user = await parts.db.write(sql.insert_user, body.email, body.name, hashed)
     telemetry.note(user_id=user.id)
     return identity.token(user)
 
@@ -350,14 +350,14 @@ async def sign_up(body: SignupIn, identity: OpenIdentity, parts: OpenParts) -> T
 async def log_in(body: LoginIn, request: Request, identity: OpenIdentity, parts: OpenParts) -> Token:
     """Signs in. A wrong password and an unknown e-mail are one answer, in words and in time."""
     email = body.email.strip()
-    user = parts.db.read(database.select_user_by_email, email)
-    who = (f"login {database.email_key(email)}", _address(request))
+    user = parts.db.read(sql.select_user_by_email, email)
+    who = (f"login {sql.email_key(email)}", _address(request))
     better = await identity.passwords.verify(body.password, user and user.password, identity.throttle, who)
     if user is None:  # which no password fits: `verify` has raised
         raise _unauthorized()
     telemetry.note(user_id=user.id)
     if better and user.password:
-        await parts.db.write(database.update_password_hash, user.id, user.password, better)
+        await parts.db.write(sql.update_password_hash, user.id, user.password, better)
     return identity.token(user)
 
 
@@ -370,7 +370,7 @@ async def read_me(user: CurrentUser) -> UserOut:
 @router.post("/auth/logout")
 async def log_out(caller: CurrentCaller, parts: OpenParts) -> Done:
     """Refuses this token from now on."""
-    await parts.db.write(database.insert_revoked_token, caller.claims.jti, caller.claims.expires_at)
+    await parts.db.write(sql.insert_revoked_token, caller.claims.jti, caller.claims.expires_at)
     return Done(message="Logged out")
 
 
@@ -381,7 +381,7 @@ async def change_password(
     """Sets a new password, and refuses every earlier token of the user."""
     await _confirm(user, body.current_password, request, identity)
     hashed = await identity.passwords.hash(body.new_password)
-    changed = await parts.db.write(database.update_password, user.id, hashed)
+    changed = await parts.db.write(sql.update_password, user.id, hashed)
     if changed is None:
         raise _unauthorized()  # the account was deleted meanwhile
     return identity.token(changed)
@@ -393,13 +393,13 @@ async def delete_me(
 ) -> Done:
     """Deletes the account and everything it owns, on disk and in the gateway too."""
     await _confirm(user, body.password, request, identity)
-    await parts.turns.clear(parts.db.read(database.select_session_ids, user.id))
-    await parts.db.write(database.delete_user, user.id)
-    await parts.turns.do_errands()
+    await parts.turns.clear(parts.db.read(sql.select_session_ids, user.id))
+    await parts.db.write(sql.delete_user, user.id)
+    await parts.outbox.do_errands()
     return Done(message="Account deleted")
 
 
-async def _confirm(user: database.User, password: str, request: Request, identity: Identity) -> None:
+async def _confirm(user: sql.User, password: str, request: Request, identity: Identity) -> None:
     who = (f"user {user.id}", _address(request))
     await identity.passwords.verify(password, user.password, identity.throttle, who)
 

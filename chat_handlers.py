@@ -13,12 +13,14 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
-import database
 import errors
 import image_handler
+import sql
 import telemetry
 from auth import CurrentUser
-from turns import Body, Id, LiveReply, OpenParts, Parts, Said
+from replies import LiveReply
+from turns import Said
+from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.chat")
 
@@ -62,7 +64,7 @@ class ChatOut(BaseModel):
     id: int
     role: Literal["assistant"]
     content: str
-    status: database.Status
+    status: sql.Status
     usage: Usage | None
     created_at: str
 
@@ -73,7 +75,7 @@ class MessageOut(BaseModel):
     content: str
     image: str | None = Field(description="A signed URL that a browser's `<img>` can load; it expires.")
     images: list[str] = Field(description="All images of the message, `image` first.")
-    status: database.Status
+    status: sql.Status
     error: Failure | None
     usage: Usage | None
     created_at: str
@@ -235,9 +237,9 @@ async def chat_stream(
     return await _stream(await _begin(body, user, parts, idempotency_key), parts)
 
 
-async def _begin(body: ChatIn, user: database.User, parts: Parts, key: str | None) -> LiveReply:
+async def _begin(body: ChatIn, user: sql.User, parts: Parts, key: str | None) -> LiveReply:
     text, sources = _last_message(body)
-    session_id = parts.db.read(database.check_chat_session, user.id, body.session_key)  # before any work on pictures
+    session_id = parts.db.read(sql.check_chat_session, user.id, body.session_key)  # before any work on pictures
     telemetry.note(session_id=session_id)
     images: list[image_handler.Image] = []
     if sources:
@@ -305,7 +307,7 @@ async def list_messages(
     user: CurrentUser,
     parts: OpenParts,
     limit: Annotated[int | None, Query(ge=1, le=10_000, description="Only the newest so many.")] = None,
-    before: Annotated[int | None, Query(ge=1, le=database.MAX_ID, description="Only older than this id.")] = None,
+    before: Annotated[int | None, Query(ge=1, le=sql.MAX_ID, description="Only older than this id.")] = None,
 ) -> Response:
     """The messages of a session, oldest first."""
     telemetry.note(session_id=session_id)
@@ -326,8 +328,8 @@ def _render(
     before: int | None,
 ) -> bytes:
     """A page of messages as JSON (a list of MessageOut)."""
-    messages = database.select_messages(conn, user_id, session_id, limit, before)
-    images = database.select_images(conn, messages[0].id, messages[-1].id, session_id) if messages else {}
+    messages = sql.select_messages(conn, user_id, session_id, limit, before)
+    images = sql.select_images(conn, messages[0].id, messages[-1].id, session_id) if messages else {}
     at, page = time.time(), []
     for message in messages:
         urls = [base + store.sign(image_id, file, at) for image_id, file in images.get(message.id, ())]
@@ -357,7 +359,7 @@ async def resume_stream(
     parts: OpenParts,
     last_event_id: Annotated[str | None, Header(description="Goes before `from`.")] = None,
     start: Annotated[
-        int, Query(alias="from", ge=0, le=database.MAX_ID, description="Characters that are there already.")
+        int, Query(alias="from", ge=0, le=sql.MAX_ID, description="Characters that are there already.")
     ] = 0,
 ) -> Response:
     """A reply's remaining frames from an offset on, live while it runs."""
@@ -365,7 +367,7 @@ async def resume_stream(
     if last_event_id is not None and not re.fullmatch("[0-9]{1,18}", last_event_id):
         raise errors.Invalid("Last-Event-ID is the `id` of the last frame that was read: a number.")
     after = int(last_event_id) if last_event_id is not None else start
-    parts.db.read(database.select_owned_message, user.id, session_id, message_id)
+    parts.db.read(sql.select_owned_message, user.id, session_id, message_id)
     reply = parts.turns.reply(message_id)
     if reply is None:
         raise errors.NotFound("This message is no reply: there is nothing to stream.", code="message_not_found")
@@ -376,7 +378,7 @@ async def resume_stream(
 async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
     """Ends the running turn with what it has, aborts the agent's run, and drops the waiting turns."""
     telemetry.note(session_id=session_id)
-    parts.db.read(database.select_session, user.id, session_id)
+    parts.db.read(sql.select_session, user.id, session_id)
     return Stopped(stopped=await parts.turns.stop([session_id]))
 
 
@@ -392,7 +394,7 @@ async def read_image(
 ) -> Response:
     """An image of a message. The URL, from the messages, carries its own signature and expires."""
     parts.images.verify(image_id, extension, expires, signature, time.time())
-    file = parts.db.read(database.select_image_file, image_id)
+    file = parts.db.read(sql.select_image_file, image_id)
     data, media_type = await asyncio.to_thread(parts.images.read, file)
     headers = {
         "Cache-Control": "private, max-age=86400, immutable",

@@ -1,4 +1,4 @@
-"""What can go wrong, in words a person can act on. Statuses belong to `app`, which maps these classes."""
+"""What can go wrong, in words a person can act on. Statuses belong to `web`, which maps these classes."""
 
 from typing import ClassVar
 
@@ -159,7 +159,7 @@ GATEWAY_CODES = tuple(code for code, kind in CODES.items() if issubclass(kind, G
 
 
 def raises(*codes: str) -> dict[str, list[str]]:
-    """What a route's description says of its errors; `app` turns it into OpenAPI's responses."""
+    """What a route's description says of its errors; `web` turns it into OpenAPI's responses."""
     return {"x-errors": list(codes)}
 
 

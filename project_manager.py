@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, status
 from pydantic import BaseModel, Field, StringConstraints
 
-import database
 import errors
 import file_utils
+import sql
 from auth import CurrentUser
-from turns import Body, Id, OpenParts, Parts
+from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.projects")
 
@@ -106,7 +106,7 @@ class FileWritten(BaseModel):
 @router.get("/projects", tags=["projects"])
 async def list_projects(user: CurrentUser, parts: OpenParts) -> list[ProjectOut]:
     """The user's projects, newest first."""
-    return [_project_out(project) for project in parts.db.read(database.select_projects, user.id)]
+    return [_project_out(project) for project in parts.db.read(sql.select_projects, user.id)]
 
 
 @router.post(
@@ -117,15 +117,15 @@ async def create_project(body: ProjectIn, user: CurrentUser, parts: OpenParts) -
     return _project_out(await asyncio.shield(asyncio.ensure_future(_create(parts, user.id, body))))
 
 
-async def _create(parts: Parts, user_id: int, body: ProjectIn) -> database.Project:
+async def _create(parts: Parts, user_id: int, body: ProjectIn) -> sql.Project:
     async with _new_folder(parts, body.name, body.description) as (folder, errand):
-        return await parts.db.write(database.insert_project, user_id, body.name, body.description, folder, errand)
+        return await parts.db.write(sql.insert_project, user_id, body.name, body.description, folder, errand)
 
 
-async def _give_folder(parts: Parts, project: database.Project) -> str:
+async def _give_folder(parts: Parts, project: sql.Project) -> str:
     """The folder of a project of old that has none: a new one, or what another request gave it meanwhile."""
     async with _new_folder(parts, project.name, project.description) as (folder, errand):
-        given = await parts.db.write(database.update_project_path, project.id, folder, errand)
+        given = await parts.db.write(sql.update_project_path, project.id, folder, errand)
     if given != folder:
         await _abandon(parts, errand)
     return given
@@ -137,7 +137,7 @@ async def _new_folder(parts: Parts, name: str, description: str | None) -> Async
     stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     folder = parts.settings.projects / f"{file_utils.slug(name)}_{stamp}"
     # Whoever finds this errand after we died removes a folder that has no row.
-    errand = await parts.db.write(database.insert_errand, "folder", str(folder), parts.turns.owner)
+    errand = await parts.db.write(sql.insert_errand, "folder", str(folder), parts.turns.owner)
     try:
         await asyncio.to_thread(_make_folder, folder, name, description)
         yield str(folder), errand
@@ -147,8 +147,8 @@ async def _new_folder(parts: Parts, name: str, description: str | None) -> Async
 
 
 async def _abandon(parts: Parts, errand: int) -> None:
-    await parts.db.write(database.postpone_errand, errand, 0)  # it is due now, and anybody's
-    await parts.turns.do_errands()
+    await parts.db.write(sql.postpone_errand, errand, 0)  # it is due now, and anybody's
+    await parts.outbox.do_errands()
 
 
 def _make_folder(folder: Path, name: str, description: str | None) -> None:
@@ -160,26 +160,26 @@ def _make_folder(folder: Path, name: str, description: str | None) -> None:
 @router.get("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def read_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> ProjectOut:
     """One project."""
-    return _project_out(parts.db.read(database.select_project, user.id, project_id))
+    return _project_out(parts.db.read(sql.select_project, user.id, project_id))
 
 
 @router.put("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def change_project(project_id: Id, body: ProjectChange, user: CurrentUser, parts: OpenParts) -> ProjectOut:
     """Changes what the body names; the folder keeps its name."""
-    return _project_out(await parts.db.write(database.update_project, user.id, project_id, body.name, body.description))
+    return _project_out(await parts.db.write(sql.update_project, user.id, project_id, body.name, body.description))
 
 
 @router.delete("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def delete_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
     """Stops what runs in the project and deletes it: rows, images, folder, and its sessions in the gateway."""
-    parts.db.read(database.select_project, user.id, project_id)
-    await parts.turns.clear(parts.db.read(database.select_session_ids, user.id, project_id))
-    await parts.db.write(database.delete_project, user.id, project_id)
-    await parts.turns.do_errands()
+    parts.db.read(sql.select_project, user.id, project_id)
+    await parts.turns.clear(parts.db.read(sql.select_session_ids, user.id, project_id))
+    await parts.db.write(sql.delete_project, user.id, project_id)
+    await parts.outbox.do_errands()
     return Deleted(message="Project deleted")
 
 
-def _project_out(project: database.Project) -> ProjectOut:
+def _project_out(project: sql.Project) -> ProjectOut:
     return ProjectOut.model_validate(project._asdict())
 
 
@@ -194,7 +194,7 @@ async def list_sessions(
     archived: Annotated[bool, Query(description="The archived ones, instead of the others.")] = False,
 ) -> list[SessionOut]:
     """The sessions of a project, newest first."""
-    sessions = parts.db.read(database.select_sessions, user.id, project_id, archived)
+    sessions = parts.db.read(sql.select_sessions, user.id, project_id, archived)
     return [_session_out(session) for session in sessions]
 
 
@@ -209,14 +209,14 @@ async def create_session(
 ) -> SessionOut:
     """Makes a session, a conversation of its own with an agent."""
     body = body or SessionIn()
-    session = await parts.db.write(database.insert_session, user.id, project_id, body.label, body.agent_id or "main")
+    session = await parts.db.write(sql.insert_session, user.id, project_id, body.label, body.agent_id or "main")
     return _session_out(session)
 
 
 @router.put("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
 async def change_session(session_id: Id, body: SessionChange, user: CurrentUser, parts: OpenParts) -> SessionOut:
     """Renames a session, archives it, or takes it out of the archive."""
-    return _session_out(await parts.db.write(database.update_session, user.id, session_id, body.label, body.archived))
+    return _session_out(await parts.db.write(sql.update_session, user.id, session_id, body.label, body.archived))
 
 
 @router.delete("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
@@ -234,14 +234,14 @@ async def delete_session_of_project(project_id: Id, session_id: Id, user: Curren
 
 
 async def _delete_session(parts: Parts, user_id: int, session_id: int, project_id: int | None) -> Deleted:
-    parts.db.read(database.select_session, user_id, session_id, project_id)
+    parts.db.read(sql.select_session, user_id, session_id, project_id)
     await parts.turns.clear([session_id])
-    await parts.db.write(database.delete_session, user_id, session_id)
-    await parts.turns.do_errands()
+    await parts.db.write(sql.delete_session, user_id, session_id)
+    await parts.outbox.do_errands()
     return Deleted(message="Session deleted")
 
 
-def _session_out(session: database.Session) -> SessionOut:
+def _session_out(session: sql.Session) -> SessionOut:
     return SessionOut.model_validate(session._asdict())
 
 
@@ -256,7 +256,7 @@ def _session_out(session: database.Session) -> SessionOut:
 )
 async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> list[FileNode]:
     """The project's files and folders, each level sorted by name. Links are neither shown nor followed."""
-    project = parts.db.read(database.select_project, user.id, project_id)
+    project = parts.db.read(sql.select_project, user.id, project_id)
     if not project.project_path:
         return []
     nodes = await asyncio.to_thread(file_utils.tree, Path(project.project_path))
@@ -272,7 +272,7 @@ async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> lis
 )
 async def read_file(project_id: Id, path: str, user: CurrentUser, parts: OpenParts) -> FileOut:
     """A file's text, or the news that it is binary."""
-    project = parts.db.read(database.select_project, user.id, project_id)
+    project = parts.db.read(sql.select_project, user.id, project_id)
     if not project.project_path:
         raise errors.NotFound("There is no such file.", code="file_not_found")
     data = await asyncio.to_thread(file_utils.read_file, Path(project.project_path), path, MAX_FILE)
@@ -296,7 +296,7 @@ async def write_file(project_id: Id, path: str, body: FileIn, user: CurrentUser,
     data = body.content.encode()
     if len(data) > MAX_FILE:
         raise errors.TooLarge("A file may have 10 MB at most.", code="file_too_large")
-    project = parts.db.read(database.select_project, user.id, project_id)
+    project = parts.db.read(sql.select_project, user.id, project_id)
     root = project.project_path or await asyncio.shield(asyncio.ensure_future(_give_folder(parts, project)))
     await asyncio.to_thread(file_utils.write_file, Path(root), path, data)
     return FileWritten(size=len(data))

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ ACCESS_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*")
 # All that is taken for the end of a line, by a terminal, a log shipper or Python, or steers a terminal.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+TELL_EVERY = 2.0  # seconds between two lines on long work
 FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each, which nobody needs
@@ -257,3 +259,20 @@ class Metrics:
         """All of it in Prometheus' text format, whose media type is `CONTENT_TYPE`."""
         self._figures.figures = figures
         return generate_latest(self._registry)
+
+
+# --- progress -----------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Tells how much of long work is done, every few seconds; nothing of work that is quick."""
+
+    def __init__(self, tell: Callable[[str], object], doing: str) -> None:
+        self._tell = tell
+        self._doing = doing
+        self._told = time.monotonic()
+
+    def __call__(self, done: float, total: float) -> None:
+        if time.monotonic() - self._told > TELL_EVERY and total:
+            self._told = time.monotonic()
+            self._tell(f"{self._doing}: {min(100 * done / total, 100):.0f} %")

@@ -9,28 +9,25 @@ import asyncio
 import hashlib
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Annotated, NamedTuple, cast
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from fastapi import Depends, Request
-from fastapi import Path as PathParam
-from pydantic import BaseModel, model_validator
-
-import database
 import errors
-import file_utils
 import gateway
 import image_handler
+import sql
 import telemetry
-from database import Database, Errand, Reply, Status
+from database import Database
+from outbox import Outbox
+from replies import LiveReply
 from settings import Settings
+from sql import Status
 
 log = logging.getLogger("clawd.turns")
 
@@ -41,8 +38,6 @@ STOP_WITHIN = 3.0  # seconds that a stop waits for the end of a turn, in whichev
 LABEL_LENGTH = 60  # characters of a label taken from the first message
 RETRY_AFTER = 0.3  # seconds before the one retry of a refused connection
 FAILED_AT_MOST = 5  # seconds between two tries of a background job that fails
-ERRAND_AT_MOST = 30  # seconds between two tries of an errand
-FINAL = frozenset({"complete", "stopped", "interrupted", "failed", "empty"})
 
 
 class Said(NamedTuple):
@@ -85,95 +80,6 @@ def _interrupted() -> Outcome:
     )
 
 
-class LiveReply:
-    """A reply as the readers in this process see it, fed by the turn that runs here or from its row.
-
-    Offsets and lengths are in characters (Unicode code points).
-    """
-
-    def __init__(self, row: Reply) -> None:
-        self.id = row.id
-        self.message_id = row.message_id
-        self.session_id = row.session_id
-        self.created_at = row.created_at
-        self.status: Status = row.status
-        self.usage = row.usage
-        self.error = row.error
-        self.run_id: str | None = None
-        self.first_after: float | None = None  # seconds from asking the gateway, where it was asked here
-        self.length = 0
-        self._parts: list[str] = []
-        self._ends: list[int] = []
-        self._waiting: list[asyncio.Future[None]] = []
-        self.append(row.content)
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing will change any more."""
-        return self.status in FINAL
-
-    def append(self, text: str) -> None:
-        """Adds text and wakes the readers."""
-        if text:
-            self.length += len(text)
-            self._parts.append(text)
-            self._ends.append(self.length)
-            self.wake()
-
-    def text(self, after: int = 0, limit: int | None = None) -> str:
-        """The text from offset `after` on, at most about `limit` characters of it."""
-        at = bisect_right(self._ends, after)
-        if at == len(self._parts):
-            return ""
-        start = self._ends[at] - len(self._parts[at])
-        until = at + 1
-        while until < len(self._parts) and (limit is None or self._ends[until] - after <= limit):
-            until += 1
-        text = "".join(self._parts[at:until])[after - start :]
-        return text if limit is None else text[:limit]
-
-    def follow(self, row: Reply | None) -> None:
-        """Takes over what the row says; a row that is gone was deleted with its session."""
-        if row is None:
-            self.end("stopped", None, None)
-            return
-        self.append(row.content[self.length :])
-        if row.status != self.status:
-            self.end(row.status, row.usage, row.error)
-
-    def end(self, status: Status, usage: str | None, error: str | None) -> None:
-        """Sets the status, usage and error (JSON, as stored) and wakes the readers."""
-        self.status, self.usage, self.error = status, usage, error
-        self.wake()
-
-    def wake(self) -> None:
-        """Lets everybody look again."""
-        waiting, self._waiting = self._waiting, []
-        for waiter in waiting:
-            _resolve(waiter)
-
-    async def change(self, seconds: float) -> None:
-        """Returns at the next change, or after so many seconds."""
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        timer = loop.call_later(seconds, _resolve, waiter)
-        self._waiting.append(waiter)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-
-    async def finished(self) -> None:
-        """Returns once nothing will change any more."""
-        while not self.is_final:
-            await self.change(60)
-
-
-def _resolve(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
 @dataclass(slots=True)
 class _Running:
     """A turn that this process sees through."""
@@ -193,13 +99,14 @@ class Turns:
         openclaw: gateway.Gateway,
         images: image_handler.ImageStore,
         settings: Settings,
+        outbox: Outbox,
         metrics: telemetry.Metrics,
     ) -> None:
         self._db = db
         self._gateway = openclaw
         self._images = images
+        self._outbox = outbox
         self._metrics = metrics
-        self._projects = settings.projects
         self._drain_seconds = settings.drain_seconds
         self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
         self._running: dict[int, _Running] = {}
@@ -231,7 +138,7 @@ class Turns:
         """Leaves what waits to other processes, and takes nothing over any more. What runs here runs on."""
         self.draining = True
         try:
-            await self._db.write(database.release_waiting, self.owner)
+            await self._db.write(sql.release_waiting, self.owner)
         except errors.Unavailable:
             log.error("what waits here could not be left to others; they take it when this process has ended")
 
@@ -245,6 +152,7 @@ class Turns:
             for reply_id in list(self._running):  # those too that were begun meanwhile
                 self._cancel(reply_id, _interrupted())
             await asyncio.wait(self._tasks, timeout=0.1)
+        await self._outbox.close()
 
     async def close(self) -> None:
         """Ends the turns and what goes on beside them."""
@@ -265,19 +173,17 @@ class Turns:
         same idempotency key.
 
         A caller that is cancelled meanwhile leaves no turn without a task. Raises errors.NotFound,
-        errors.TooMany, errors.Unprocessable as `database.begin_turn` does.
+        errors.TooMany, errors.Unprocessable as `sql.begin_turn` does.
         """
         return await asyncio.shield(asyncio.ensure_future(self._begin(user_id, session_key, said, key)))
 
     async def _begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
         staged = await asyncio.to_thread(self._images.stage, said.images) if said.images else []
 
-        def store(conn: Connection) -> database.Begun:
-            begun = database.begin_turn(
-                conn, user_id, session_key, said.text, said.label(), said.digest(), key, self.owner
-            )
+        def store(conn: Connection) -> sql.Begun:
+            begun = sql.begin_turn(conn, user_id, session_key, said.text, said.label(), said.digest(), key, self.owner)
             if staged and not begun.existing:
-                database.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
+                sql.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
             return begun
 
         try:
@@ -291,14 +197,14 @@ class Turns:
         if reply.status == "streaming" and not begun.existing:
             self._start(reply, self._ask, asked_here=True)
         elif self.draining:
-            await self._db.write(database.release_waiting, self.owner)
+            await self._db.write(sql.release_waiting, self.owner)
         return reply, begun.existing
 
     def reply(self, reply_id: int) -> LiveReply | None:
         """A reply to read from, live while it runs in whichever process; None where there is none."""
         reply = self._replies.get(reply_id)
         if reply is None:
-            row = self._db.read(database.select_reply, reply_id)
+            row = self._db.read(sql.select_reply, reply_id)
             if row is None:
                 return None
             reply = LiveReply(row)
@@ -363,7 +269,7 @@ class Turns:
         while not stored:
             try:
                 await self._db.write(
-                    database.finish_turn,
+                    sql.finish_turn,
                     *(reply.id, self.owner, outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error),
                 )
                 stored = True
@@ -372,14 +278,14 @@ class Turns:
                 if self.draining:
                     return  # whoever comes next finds it left behind
                 await asyncio.sleep(1)
-        reply.follow(self._db.read(database.select_reply, reply.id))
+        reply.follow(self._db.read(sql.select_reply, reply.id))
 
     async def _ask(self, reply: LiveReply) -> Outcome:
-        turn = self._db.read(database.select_turn, reply.id)
+        turn = self._db.read(sql.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")  # deleted meanwhile
         telemetry.note(user_id=turn.user_id)
-        files = self._db.read(database.select_image_files, turn.message_id)
+        files = self._db.read(sql.select_image_files, turn.message_id)
         request = gateway.build_request(
             agent_id=turn.agent_id,
             session_key=turn.session_key,
@@ -410,11 +316,11 @@ class Turns:
 
     async def _recover(self, reply: LiveReply) -> Outcome:
         """A reply that a dead process left: what the gateway finished is complete, all else is interrupted."""
-        turn = self._db.read(database.select_turn, reply.id)
+        turn = self._db.read(sql.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")
         telemetry.note(user_id=turn.user_id)
-        known = self._db.read(database.select_known_runs, turn.session_id)
+        known = self._db.read(sql.select_known_runs, turn.session_id)
         try:
             found = await self._gateway.finished_reply(
                 turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
@@ -439,7 +345,7 @@ class Turns:
         if not behind:
             return
         rows = [(running.reply.id, running.reply.text(), running.reply.run_id) for running, _ in behind]
-        lost = await self._db.write(database.update_replies, self.owner, rows)
+        lost = await self._db.write(sql.update_replies, self.owner, rows)
         for running, reached in behind:
             running.stored = reached
         for reply_id in lost:
@@ -452,15 +358,15 @@ class Turns:
         self._seen = version
         for reply in list(self._replies.values()):
             if reply.id not in self._running and not reply.is_final:
-                reply.follow(self._db.read(database.select_reply, reply.id))
-        for reply_id in self._db.read(database.select_stops, self.owner):
+                reply.follow(self._db.read(sql.select_reply, reply.id))
+        for reply_id in self._db.read(sql.select_stops, self.owner):
             self._cancel(reply_id, Outcome("stopped"))
         await self._claim()
 
     async def _claim(self) -> None:
-        if self.draining or not self._db.read(database.select_claimable, self.owner):
+        if self.draining or not self._db.read(sql.select_claimable, self.owner):
             return
-        for reply_id in await self._db.write(database.claim_turns, self.owner):
+        for reply_id in await self._db.write(sql.claim_turns, self.owner):
             reply = self.reply(reply_id)
             if reply is not None:
                 self._start(reply, self._ask)
@@ -468,21 +374,21 @@ class Turns:
     async def _tend(self) -> None:
         if self.draining:
             return
-        for owner in self._db.read(database.select_owners):
+        for owner in self._db.read(sql.select_owners):
             if not self._db.lease.alive(owner):
-                for reply_id in await self._db.write(database.inherit, owner, self.owner):
+                for reply_id in await self._db.write(sql.inherit, owner, self.owner):
                     reply = self.reply(reply_id)
                     if reply is not None:
                         self._start(reply, self._recover)
         await self._claim()
-        await self.do_errands()
+        await self._outbox.do_errands()
 
     # --- stopping and deleting ---
 
     async def stop(self, session_ids: Sequence[int]) -> bool:
         """Ends what runs in these sessions, in whichever process, and drops what waits; whether there was
         anything. Returns when it has ended, or after a few seconds where its process does not react."""
-        halted = await self._db.write(database.request_stop, session_ids)
+        halted = await self._db.write(sql.request_stop, session_ids)
         self._metrics.count_turns("stopped", len(halted.dropped))
         for reply_id in halted.running:
             self._cancel(reply_id, Outcome("stopped"))
@@ -492,54 +398,13 @@ class Turns:
         return bool(halted.running or halted.dropped)
 
     def _is_running(self, reply_id: int) -> bool:
-        row = self._db.read(database.select_reply, reply_id)
+        row = self._db.read(sql.select_reply, reply_id)
         return row is not None and row.status == "streaming"
 
     async def clear(self, session_ids: Sequence[int]) -> None:
         """Stops these sessions for good, before they are deleted: nothing new begins in them."""
-        await self._db.write(database.archive_sessions, session_ids)
+        await self._db.write(sql.archive_sessions, session_ids)
         await self.stop(session_ids)
-
-    async def do_errands(self) -> None:
-        """Does what the outbox says. Returns when folders and images are gone; the gateway, which may be
-        down, is not waited for."""
-        if not self._db.read(database.has_due_errands, time.time()):
-            return
-        errands = await self._db.write(database.claim_errands, self.owner, time.time())
-        for errand in errands:
-            if errand.kind != "gateway_session":
-                await self._do(errand)
-        remote = [errand for errand in errands if errand.kind == "gateway_session"]
-        if remote:
-            self._spawn(self._do_all(remote))
-
-    async def _do_all(self, errands: Sequence[Errand]) -> None:
-        for errand in errands:
-            await self._do(errand)
-
-    async def _do(self, errand: Errand) -> None:
-        try:
-            if errand.kind == "gateway_session":
-                agent_id, session_key = errand.target.split(" ", 1)  # a key of old may have a space, an agent none
-                await self._gateway.delete_session(agent_id, session_key)
-            elif errand.kind == "images":
-                await asyncio.to_thread(self._images.remove_session, errand.target)
-            else:
-                await asyncio.to_thread(self._remove_folder, Path(errand.target))
-        except errors.AppError as error:
-            delay = min(2**errand.attempts, ERRAND_AT_MOST)
-            log.warning(
-                "%s %s stays to be removed, again in %d s: %s", errand.kind, errand.target, delay, error.message
-            )
-            await self._db.write(database.postpone_errand, errand.id, time.time() + delay)
-        else:
-            await self._db.write(database.delete_errand, errand.id)
-
-    def _remove_folder(self, folder: Path) -> None:
-        if file_utils.is_below(self._projects, folder):
-            file_utils.remove_tree(folder)
-        else:
-            log.warning("%s is not below PROJECTS_DIR: it is left as it is", folder)
 
 
 async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -553,55 +418,3 @@ async def _again(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
             failed += 1
             log.exception("%s failed, it goes on", getattr(work, "__name__", "a background job"))
         await asyncio.sleep(min(seconds * 2**failed, max(seconds, FAILED_AT_MOST)))
-
-
-# --- what requests have in common ---------------------------------------------------------------------
-
-
-Id = Annotated[int, PathParam(ge=1, le=database.MAX_ID)]
-
-
-class Body(BaseModel):
-    """A request's JSON object. Text with half a character in it (a lone surrogate) is refused, wherever it is:
-    neither SQLite nor a file nor the gateway takes it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_half_characters(cls, data: object) -> object:
-        waiting = [data]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, dict):
-                waiting += [*value.keys(), *value.values()]
-            elif isinstance(value, list):
-                waiting += value
-            elif isinstance(value, str):
-                _check_unicode(value)
-        return data
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        if not text.isascii():  # pictures are, and long
-            text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("there is text in it that is no valid Unicode") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The opened parts of one running service."""
-
-    settings: Settings
-    db: Database
-    openclaw: gateway.Gateway
-    images: image_handler.ImageStore
-    decoding: asyncio.Semaphore  # pictures of so many messages at once: one can take a gigabyte
-    turns: Turns
-
-
-async def _parts(request: Request) -> Parts:
-    return cast(Parts, request.state.parts)
-
-
-OpenParts = Annotated[Parts, Depends(_parts)]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import PIL.Image
 
-import database
+import sql
 from image_handler import ImageStore
+from settings import CHECKOUT
 
 SCHEMA = (Path(__file__).parent / "legacy_schema.sql").read_text(encoding="utf-8")
 OLD_PASSWORD = {"Ada@Example.com": "test123", "bob@example.com": "hunter22!"}
@@ -83,11 +84,11 @@ def adopt(path: Path) -> ImageStore:
     """Opens a database of old as the service does; returns the store of its images."""
     store = ImageStore(path.parent / "images", b"secret")
 
-    def keep(key: str, text: str) -> database.KeptImage | None:
+    def keep(key: str, text: str) -> sql.KeptImage | None:
         kept = store.adopt(key, text)
-        return kept and database.KeptImage(*kept)
+        return kept and sql.KeptImage(*kept)
 
-    database.migrate(path, keep)
+    sql.migrate(path, sql.AdoptionContext(keep, CHECKOUT))
     return store
 
 

@@ -18,8 +18,11 @@ from typing import Any
 import httpx
 import pytest
 
+import admin
+import clock
 import database
 import errors
+import sql
 
 from .legacy import OLD_PASSWORD, adopt, build, images, texts
 from .service import CHECKOUT, Served, until
@@ -129,10 +132,10 @@ def test_what_is_no_instant_is_not_made_one(path: Path, old: object) -> None:
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("UPDATE sessions SET created_at = ?, last_used_at = ? WHERE id = 58", (old, old))
         conn.commit()
-    began = database.now()
+    began = clock.now()
     adopt(path)
     ((created, used),) = rows(path, "SELECT created_at, last_used_at FROM sessions WHERE id = 58")
-    assert began <= created <= database.now()
+    assert began <= created <= clock.now()
     assert used is None
     kept = rows(path, "SELECT column_name, value FROM legacy_values WHERE table_name = 'sessions' AND row_id = 58")
     assert kept == [("created_at", old), ("last_used_at", old)]
@@ -172,7 +175,7 @@ def test_a_strangers_table_stays(path: Path) -> None:
     )
     adopt(path)
     assert rows(path, "SELECT message_id FROM attachments ORDER BY id") == [(357,), (12,), (9999,)]
-    assert database.main(["backup", str(path.parent / "some.backup"), "--database", str(path)]) == 0
+    assert admin.main(["backup", str(path.parent / "some.backup"), "--database", str(path)]) == 0
     assert rows(path, "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name = 'forward'") == [("forward",)]
 
 
@@ -234,9 +237,9 @@ def test_no_id_is_used_twice(path: Path) -> None:
         conn.commit()
     adopt(path)
     with closing(database.connect(path, read_only=False)) as conn:
-        assert database.insert_user(conn, "new@example.com", None, "hash").id == 4
+        assert sql.insert_user(conn, "new@example.com", None, "hash").id == 4
         (key,) = conn.execute("SELECT session_key FROM sessions WHERE id = 58").fetchone()
-        begun = database.begin_turn(conn, 1, key, "", "", "", None, "")
+        begun = sql.begin_turn(conn, 1, key, "", "", "", None, "")
         assert begun.message_id == 364
 
 
@@ -311,7 +314,7 @@ def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[by
 @pytest.mark.parametrize("spoil", ["PRAGMA user_version=99", "CREATE TABLE turns (x)"])
 def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -> None:
     """A file is refused without playing into it what the -wal beside it holds, and the sentence says why."""
-    database.migrate(path)
+    sql.migrate(path)
     if spoil.startswith("CREATE"):
         path.unlink()
         build(path)
@@ -323,7 +326,7 @@ def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -
             shutil.copy(f"{path}{suffix}", f"{crashed}{suffix}")
     before = crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()
     with pytest.raises(errors.Unavailable, match=r"start the newer code|turns already exists\. It is as it was"):
-        database.migrate(crashed)
+        sql.migrate(crashed)
     if spoil.startswith("PRAGMA"):
         assert (crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()) == before
     else:
@@ -380,7 +383,7 @@ def test_a_kill_leaves_the_old_or_the_new_file(path: Path) -> None:
         assert rows(path, "PRAGMA integrity_check") == [("ok",)]
         assert texts(path) == before
         adopt(path)
-        assert rows(path, "PRAGMA user_version") == [(len(database.MIGRATIONS),)]
+        assert rows(path, "PRAGMA user_version") == [(len(sql.MIGRATIONS),)]
         assert texts(path) == before
     assert left.count(0) > 5, "the kills were meant to come in the middle"
 
@@ -539,5 +542,5 @@ def test_nothing_is_claimed_for_an_account_that_is_closed_too(path: Path) -> Non
     adopt(path)
     with closing(database.connect(path, read_only=False)) as conn:
         with pytest.raises(errors.Invalid, match="no password"):
-            database.claim_projects(conn, 1, "late@example.com")
-        assert [project.name for project in database.select_projects(conn, 1)] == ["jasd"]
+            sql.claim_projects(conn, 1, "late@example.com")
+        assert [project.name for project in sql.select_projects(conn, 1)] == ["jasd"]

@@ -16,8 +16,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-import app
 import telemetry
+from health import VERSION
 from settings import Settings
 
 from .conftest import make_settings
@@ -75,7 +75,7 @@ def test_health_tells_how_the_service_is(served: Served, carol: Person) -> None:
     said = health.json()
     assert said == {
         "status": "ok",
-        "version": app.VERSION,
+        "version": VERSION,
         "environment": "production" if said["branch"] == "main" else "development",
         "branch": said["branch"],
         "commit": said["commit"],
@@ -199,7 +199,7 @@ def test_the_version_is_one(served: Served) -> None:
     released = re.search(r"^## \[?v?(\d+\.\d+\.\d+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released is not None
     openapi = get(f"{served.url}/openapi.json").json()
-    assert {app.VERSION, project["version"], released[1], openapi["info"]["version"]} == {app.VERSION}
+    assert {VERSION, project["version"], released[1], openapi["info"]["version"]} == {VERSION}
 
 
 # --- request ids --------------------------------------------------------------------------------------

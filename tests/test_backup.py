@@ -20,8 +20,11 @@ from types import FrameType
 
 import pytest
 
+import admin
+import backup
 import database
 import errors
+import sql
 from database import Database, FileLock
 
 from .legacy import build
@@ -52,19 +55,19 @@ def command(*words: str | Path, shell: str = "") -> subprocess.CompletedProcess[
 
 def run(*words: str | Path) -> int:
     """The exit status of the command, run within the test."""
-    return database.main([str(word) for word in words])
+    return admin.main([str(word) for word in words])
 
 
 def make(path: Path, *emails: str) -> Path:
     """A database with these users, the first of whom has a project and a session with a message and its reply."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    database.migrate(path)
+    sql.migrate(path)
     with closing(database.connect(path, read_only=False)) as conn:
         for email in emails:
-            database.insert_user(conn, email, None, "hash")
-        project = database.insert_project(conn, 1, "P", None, str(path.parent / "projects" / "p"), 0)
-        session = database.insert_session(conn, 1, project.id, None, "main")
-        database.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", None, "me")
+            sql.insert_user(conn, email, None, "hash")
+        project = sql.insert_project(conn, 1, "P", None, str(path.parent / "projects" / "p"), 0)
+        session = sql.insert_session(conn, 1, project.id, None, "main")
+        sql.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", None, "me")
     return path
 
 
@@ -190,7 +193,7 @@ def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: p
     backup = make(live.parent / "b", "b@example.com")
     workers, db = Path(f"{live}.workers"), Database(live)
     living: list[int] = []
-    monkeypatch.setattr(database, "migrate", lambda *_: living.append(len(names(workers))))
+    monkeypatch.setattr(sql, "migrate", lambda *_: living.append(len(names(workers))))
     with closing(FileLock(Path(f"{live}.lock"))) as lock:
         opening = threading.Thread(target=db.open)
         with lock:
@@ -228,13 +231,13 @@ def restore_until(words: list[str], moment: int, counted: "multiprocessing.Queue
 
     def count(frame: FrameType, event: str, _: object) -> None:
         nonlocal calls
-        if event == "c_call" and frame.f_code.co_filename == database.__file__:
+        if event == "c_call" and frame.f_code.co_filename in (backup.__file__, database.__file__):
             if calls == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             calls += 1
 
     sys.setprofile(count)
-    status = database.main(words)
+    status = admin.main(words)
     sys.setprofile(None)
     assert status == DONE
     counted.put(calls)
@@ -245,7 +248,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     one; the next restore succeeds and leaves one file of each."""
     old = make(tmp_path / "old" / "service.db", "old@example.com")
     conn = database.connect(old, read_only=False)
-    database.insert_user(conn, "wal@example.com", None, "h")
+    sql.insert_user(conn, "wal@example.com", None, "h")
     new = make(tmp_path / "new.backup", "new@example.com")
     template = tmp_path / "template"
     shutil.copytree(old.parent, template, ignore=shutil.ignore_patterns("*-shm"))
@@ -490,7 +493,7 @@ def test_a_damaged_database_is_moved_along_with_its_wal(tmp_path: Path, live: Pa
     """What SQLite cannot close is kept byte by byte, and nothing of it is played into the restored one."""
     make(live, "old@example.com")
     with closing(database.connect(live, read_only=False)) as conn:
-        database.insert_user(conn, "wal@example.com", None, "h")
+        sql.insert_user(conn, "wal@example.com", None, "h")
         wal = Path(f"{live}-wal").read_bytes()
     garbage(live)
     Path(f"{live}-wal").write_bytes(wal)
@@ -508,7 +511,7 @@ def test_a_database_with_a_wal_is_restored_whole(tmp_path: Path, live: Path) -> 
     """A file that is no backup but a database as a crash left it comes with what its -wal holds, and is not touched."""
     source = make(tmp_path / "from" / "a.db", "a@example.com")
     with closing(database.connect(source, read_only=False)) as conn:
-        database.insert_user(conn, "wal@example.com", None, "h")
+        sql.insert_user(conn, "wal@example.com", None, "h")
         shutil.copytree(source.parent, tmp_path / "crashed")
     crashed = tmp_path / "crashed" / "a.db"
     before, beside = digest(crashed), names(crashed.parent)
@@ -557,6 +560,6 @@ def test_check_says_what_is_there(live: Path, capsys: pytest.CaptureFixture[str]
     image.touch()
     assert run("check") == DONE
     said = capsys.readouterr()
-    assert f"schema version: {len(database.MIGRATIONS)}\n" in said.out
+    assert f"schema version: {len(sql.MIGRATIONS)}\n" in said.out
     assert "users 2" in said.out
     assert said.err.startswith("checking service.db")

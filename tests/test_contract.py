@@ -23,8 +23,9 @@ import pytest
 from fastapi.routing import iter_route_contexts
 from pydantic import SecretStr, ValidationError
 
-import app
 import errors
+import health
+import web
 from image_handler import ImageStore
 
 from .conftest import make_settings
@@ -92,7 +93,7 @@ NODE: tuple[JSON, JSON] = (
 NODE[1]["children"].append(NODE)
 HEALTH = {
     "status": "ok",
-    "version": app.VERSION,
+    "version": health.VERSION,
     "environment": ("production", "development"),
     "branch": str,
     "commit": str,
@@ -531,7 +532,7 @@ def test_openapi_is_whole(document: JSON) -> None:
     ids = [operation["operationId"] for item in document["paths"].values() for operation in item.values()]
     assert len(set(ids)) == len(ids) == len(ROUTES)
     assert "x-errors" not in text
-    assert document["info"]["version"] == app.VERSION
+    assert document["info"]["version"] == health.VERSION
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
@@ -543,7 +544,7 @@ def test_the_documentation_is_open(path: str, served: Served) -> None:
 def test_every_code_has_one_status() -> None:
     """The statuses of `errors.CODES`, as `app` maps their classes, are those of the contract."""
     mapped = {
-        code: next(app.STATUSES[base] for base in kind.__mro__ if base in app.STATUSES)
+        code: next(web.STATUSES[base] for base in kind.__mro__ if base in web.STATUSES)
         for code, kind in errors.CODES.items()
     }
     assert mapped == STATUS

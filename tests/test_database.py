@@ -19,6 +19,7 @@ import pytest
 
 import database
 import errors
+import sql
 from database import Database, Lease
 
 from .service import CHECKOUT
@@ -47,19 +48,19 @@ def using(path: Path, work: Callable[[Database], object]) -> object:
 @pytest.fixture
 def conn(path: Path) -> Iterator[Connection]:
     """A connection to a new database with a session in it."""
-    database.migrate(path)
+    sql.migrate(path)
     conn = database.connect(path, read_only=False)
-    user = database.insert_user(conn, "Ada@example.com", None, "hash")
-    project = database.insert_project(conn, user.id, "P", None, "/p", 0)
-    database.insert_session(conn, user.id, project.id, None, "main")
+    user = sql.insert_user(conn, "Ada@example.com", None, "hash")
+    project = sql.insert_project(conn, user.id, "P", None, "/p", 0)
+    sql.insert_session(conn, user.id, project.id, None, "main")
     yield conn
     conn.close()
 
 
-def begin(conn: Connection, key: str | None = None, owner: str = "me") -> database.Begun:
+def begin(conn: Connection, key: str | None = None, owner: str = "me") -> sql.Begun:
     """A turn in the session."""
-    session = database.select_session(conn, 1, 1)
-    return database.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", key, owner)
+    session = sql.select_session(conn, 1, 1)
+    return sql.begin_turn(conn, 1, session.session_key, "Hi", "Hi", "digest", key, owner)
 
 
 # --- transactions -------------------------------------------------------------------------------------
@@ -69,13 +70,13 @@ def test_a_job_that_fails_undoes_itself_alone(path: Path) -> None:
     """Of jobs that are committed together, one that raises leaves no trace and spoils no other."""
 
     def fail(conn: Connection) -> None:
-        database.insert_user(conn, "bad@example.com", None, "h")
+        sql.insert_user(conn, "bad@example.com", None, "h")
         raise errors.Conflict("no")
 
     async def work(db: Database) -> list[object]:
-        good = [db.write(database.insert_user, f"{number}@example.com", None, "h") for number in range(20)]
+        good = [db.write(sql.insert_user, f"{number}@example.com", None, "h") for number in range(20)]
         results = await asyncio.gather(*good[:10], db.write(fail), *good[10:], return_exceptions=True)
-        assert [type(result) for result in results] == [database.User] * 10 + [errors.Conflict] + [database.User] * 10
+        assert [type(result) for result in results] == [sql.User] * 10 + [errors.Conflict] + [sql.User] * 10
         return db.read(lambda conn: conn.execute("SELECT count(*) FROM users").fetchone())
 
     assert using(path, work) == (20,)
@@ -86,9 +87,9 @@ def test_a_reader_cannot_write(path: Path) -> None:
 
     async def work(db: Database) -> None:
         with pytest.raises(errors.Unavailable):
-            db.read(database.insert_user, "a@example.com", None, "h")
+            db.read(sql.insert_user, "a@example.com", None, "h")
         with pytest.raises(errors.Unavailable):
-            await db.read_aside(database.insert_user, "a@example.com", None, "h")
+            await db.read_aside(sql.insert_user, "a@example.com", None, "h")
 
     using(path, work)
 
@@ -104,8 +105,8 @@ def test_a_writer_that_waits_for_another_process_gets_its_turn(path: Path) -> No
         other = await asyncio.create_subprocess_exec(sys.executable, "-c", script, path, stdout=subprocess.PIPE)
         assert other.stdout is not None
         await other.stdout.readline()
-        user = await db.write(database.insert_user, "a@example.com", None, "h")
-        assert db.read(database.select_user_by_email, "A@EXAMPLE.COM") == user
+        user = await db.write(sql.insert_user, "a@example.com", None, "h")
+        assert db.read(sql.select_user_by_email, "A@EXAMPLE.COM") == user
 
     using(path, work)
 
@@ -115,12 +116,12 @@ def test_a_full_disk_is_said_and_leaves_no_half(path: Path) -> None:
 
     async def work(db: Database) -> None:
         await db.write(lambda conn: conn.execute("PRAGMA max_page_count=60"))
-        big = [db.write(database.insert_user, f"{number}@example.com", "x" * 100_000, "h") for number in range(9)]
+        big = [db.write(sql.insert_user, f"{number}@example.com", "x" * 100_000, "h") for number in range(9)]
         results = await asyncio.gather(*big, return_exceptions=True)
         assert any(isinstance(result, errors.Unavailable) for result in results)
         stored = db.read(lambda conn: conn.execute("SELECT count(*) FROM users").fetchone()[0])
-        assert stored == sum(isinstance(result, database.User) for result in results)
-        assert await db.write(database.insert_user, "small@example.com", None, "h")
+        assert stored == sum(isinstance(result, sql.User) for result in results)
+        assert await db.write(sql.insert_user, "small@example.com", None, "h")
 
     using(path, work)
 
@@ -177,9 +178,9 @@ def test_only_a_running_reply_changes(conn: Connection) -> None:
 def test_what_is_not_ours_is_not_written(conn: Connection) -> None:
     """A worker that lost a turn can neither store its text nor end it."""
     begun = begin(conn, owner="another")
-    assert database.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
-    assert not database.finish_turn(conn, begun.reply_id, "me", "complete", "text", None, None, None)
-    reply = database.select_reply(conn, begun.reply_id)
+    assert sql.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
+    assert not sql.finish_turn(conn, begun.reply_id, "me", "complete", "text", None, None, None)
+    reply = sql.select_reply(conn, begun.reply_id)
     assert reply is not None
     assert (reply.status, reply.content) == ("streaming", "")
 
@@ -220,12 +221,12 @@ def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
 
 def test_a_new_database_has_the_newest_schema(path: Path) -> None:
     """A new file is made by the same migrations, without a copy beside it; opening it again changes nothing."""
-    database.migrate(path)
+    sql.migrate(path)
     before = path.read_bytes()
-    database.migrate(path)
+    sql.migrate(path)
     assert path.read_bytes() == before
     with sqlite3.connect(path) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(database.MIGRATIONS)
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(sql.MIGRATIONS)
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     assert list(path.parent.glob("*.backup")) == []
 
@@ -241,7 +242,7 @@ def test_what_is_no_database_is_refused_and_untouched(path: Path, content: bytes
 
 def test_a_newer_database_is_refused(path: Path) -> None:
     """A file of a newer schema is refused with what to do, and left as it is."""
-    database.migrate(path)
+    sql.migrate(path)
     with sqlite3.connect(path) as conn:
         conn.execute("PRAGMA user_version=999")
     conn.close()
@@ -260,7 +261,7 @@ def test_two_processes_that_start_at_once_make_one_database(path: Path) -> None:
     starts = [subprocess.Popen([sys.executable, "-c", script, path, CHECKOUT]) for _ in range(4)]
     assert [start.wait(60) for start in starts] == [0] * 4
     with sqlite3.connect(path) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(database.MIGRATIONS)
+        assert conn.execute("PRAGMA user_version").fetchone()[0] == len(sql.MIGRATIONS)
 
 
 # --- two processes, kill -9 ---------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class Writers:
 def test_kills_while_two_processes_write_lose_no_commit(path: Path, part: int) -> None:
     """A thousand times one of two processes that write is killed: each commit that it was told of is there, and the
     file is sound."""
-    database.migrate(path)
+    sql.migrate(path)
     writers, chance, numbers = Writers(path), random.Random(part), itertools.count()
     stored = "SELECT count(*) FROM users WHERE email_key > ? AND email_key < ?"
     with closing(database.connect(path, read_only=True)) as conn:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-import app
 import errors
+import web
 from errors import AppError, GatewayError
 
 from .conftest import make_settings
@@ -91,7 +91,7 @@ def test_every_class_has_a_status_of_its_kind(broken: httpx.Client, kind: type[A
     """A class raised as it is answers with its own code and the status of the nearest class that has one."""
     answer = broken.get(f"/classes/{kind.__name__}")
     assert answer.json() == {"detail": ODD, "code": kind.code}
-    assert answer.status_code == app.STATUSES[kind]
+    assert answer.status_code == web.STATUSES[kind]
     assert (answer.status_code >= 500) == issubclass(kind, GatewayError | errors.Unavailable) or kind is AppError
 
 

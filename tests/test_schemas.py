@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import database
+import sql
 
 SCHEMAS = sorted((Path(__file__).parent / "schemas").glob("v*.sql"), key=lambda path: int(path.stem[1:]))
 
@@ -21,21 +21,21 @@ def schema(path: Path) -> str:
 
 def test_every_version_is_kept() -> None:
     """A change of the schema is one more migration, with one more file: tests/schemas/v<number>.sql."""
-    assert [path.stem for path in SCHEMAS] == [f"v{number}" for number in range(1, len(database.MIGRATIONS) + 1)]
+    assert [path.stem for path in SCHEMAS] == [f"v{number}" for number in range(1, len(sql.MIGRATIONS) + 1)]
 
 
 def test_the_migrations_make_the_newest(tmp_path: Path) -> None:
     """A new database has exactly the schema that is kept; whoever changes a migration that stands is told here."""
-    database.migrate(tmp_path / "new.db")
+    sql.migrate(tmp_path / "new.db")
     assert schema(tmp_path / "new.db") == SCHEMAS[-1].read_text(encoding="utf-8")
 
 
 def test_each_table_that_refers_to_others_is_checked(tmp_path: Path) -> None:
     """A migration is undone where a row of any table of ours refers to one that is not there."""
-    database.migrate(tmp_path / "new.db")
+    sql.migrate(tmp_path / "new.db")
     query = "SELECT DISTINCT t.name FROM sqlite_master t, pragma_foreign_key_list(t.name) WHERE t.type = 'table'"
     with closing(sqlite3.connect(tmp_path / "new.db")) as conn:
-        assert {row[0] for row in conn.execute(query)} == set(database._REFERRING)
+        assert {row[0] for row in conn.execute(query)} == set(sql.REFERRING)
 
 
 @pytest.mark.parametrize("kept", SCHEMAS, ids=lambda path: path.stem)
@@ -44,7 +44,7 @@ def test_a_version_walks_up(tmp_path: Path, kept: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "old.db")) as conn:
         conn.executescript(kept.read_text(encoding="utf-8"))
     assert schema(tmp_path / "old.db") == kept.read_text(encoding="utf-8")
-    database.migrate(tmp_path / "old.db")
+    sql.migrate(tmp_path / "old.db")
     assert schema(tmp_path / "old.db") == SCHEMAS[-1].read_text(encoding="utf-8")
 
 
@@ -53,7 +53,7 @@ def test_the_schema_of_an_adopted_database_is_the_same(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "old.db")) as conn:
         conn.executescript((Path(__file__).parent / "legacy_schema.sql").read_text(encoding="utf-8"))
     for name in ("old.db", "new.db"):
-        database.migrate(tmp_path / name)
+        sql.migrate(tmp_path / name)
     statements = [set(schema(tmp_path / name).split(";\n")) for name in ("old.db", "new.db")]
     old, new = ({line for line in lines if "orphaned" not in line} for lines in statements)
     assert old == new

@@ -54,8 +54,9 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of the code, where a test may put a `.env`."""
     folder = tmp_path / "a checkout"
     folder.mkdir()
-    for file in CHECKOUT.glob("*.py"):
-        shutil.copy(file, folder)
+    for file in (*CHECKOUT.glob("*.py"), *CHECKOUT.glob("[!tv]*/*.py")):
+        (folder / file.relative_to(CHECKOUT)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, folder / file.relative_to(CHECKOUT))
     return folder
 
 

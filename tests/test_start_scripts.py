@@ -302,8 +302,10 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
     copy, temporary = tmp_path / "a copy", tmp_path / "temporary"
     temporary.mkdir()
     shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns(".venv", "__pycache__"))
-    for file in (*ROOT.glob("*.py"), *ROOT.glob("start-*.sh"), ROOT / "requirements.txt"):
-        shutil.copy(file, copy)
+    for pattern in ("*.py", "[!tv]*/*.py", "start-*.sh", "requirements.*"):
+        for file in ROOT.glob(pattern):
+            (copy / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(file, copy / file.relative_to(ROOT))
     use_this_python(copy)
     hostile = {
         "DB_PATH": "mine.db",

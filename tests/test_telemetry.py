@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from starlette.requests import Request
 
-import app
 import database
 import errors
+import health
 import telemetry
 
 from .conftest import make_settings
@@ -525,7 +525,7 @@ def test_a_commit_that_fails_says_whose_it_was(tmp_path: Path, log: Log) -> None
         go_on.set()
         await asyncio.gather(held, *others)
 
-    db = database.Database(tmp_path / "a.db", lambda _, __: None)
+    db = database.Database(tmp_path / "a.db")
     db.open()
     log.start("json")
     asyncio.run(story())
@@ -756,7 +756,7 @@ def test_a_wrong_token_opens_nothing(serve: Serve, sent: bytes, token: str | Non
 def test_this_machine_is_told_by_the_connection(host: str | None, local: bool) -> None:
     """Loopback addresses of either family, and nothing that only looks like one."""
     scope: JSON = {"type": "http", "headers": [], "client": None if host is None else (host, 1)}
-    assert app._is_local(Request(scope)) is local
+    assert health._is_local(Request(scope)) is local
 
 
 def test_a_scrape_is_silent(serve: Serve, log: Log) -> None:

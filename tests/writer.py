@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import database
+import sql
 
 
 async def write(path: Path, name: str, acknowledged: Path) -> None:
@@ -19,7 +20,7 @@ async def write(path: Path, name: str, acknowledged: Path) -> None:
     with acknowledged.open("r+b") as file, mmap.mmap(file.fileno(), 8) as count:
         for number in itertools.count(step=4):
             users = [f"{name}-{number + one}@example.com" for one in range(4)]
-            await asyncio.gather(*(db.write(database.insert_user, user, None, "h") for user in users))
+            await asyncio.gather(*(db.write(sql.insert_user, user, None, "h") for user in users))
             count[:] = (number + 4).to_bytes(8, "little")
 
 

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from sqlite3 import Connection
 
-import database
+import clock
+import sql
 from database import Database
 from tests import legacy
 
@@ -26,7 +27,7 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
     """Users with 10 projects each, projects with 10 sessions each, sessions with so many messages each."""
 
     def insert(conn: Connection) -> None:
-        at = database.now()
+        at = clock.now()
         for number in range(1, sessions + 1):
             project = (number - 1) // SESSIONS_OF_A_PROJECT + 1
             conn.execute(
@@ -41,9 +42,9 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
 
     def own(conn: Connection) -> None:
         for number in range(max(sessions // 100, 1)):
-            user = database.insert_user(conn, f"{number}@example.com", None, "h")
+            user = sql.insert_user(conn, f"{number}@example.com", None, "h")
             for name in range(PROJECTS_OF_A_USER):
-                database.insert_project(conn, user.id, f"P{name}", None, "", 0)
+                sql.insert_project(conn, user.id, f"P{name}", None, "", 0)
 
     await db.write(own)
     await db.write(insert)
@@ -52,19 +53,19 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
 async def begin_and_end(db: Database) -> float:
     """The seconds that the beginning of a turn takes; it is ended afterwards."""
     started = time.perf_counter()
-    begun = await db.write(database.begin_turn, 1, "key-1", "Hello", "Hello", "digest", None, "me")
+    begun = await db.write(sql.begin_turn, 1, "key-1", "Hello", "Hello", "digest", None, "me")
     took = time.perf_counter() - started
-    await db.write(database.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
+    await db.write(sql.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
     return took
 
 
 async def store_text(db: Database) -> float:
     """The seconds that storing the text of a running reply takes."""
-    begun = await db.write(database.begin_turn, 1, "key-2", "Hello", "Hello", "digest", None, "me")
+    begun = await db.write(sql.begin_turn, 1, "key-2", "Hello", "Hello", "digest", None, "me")
     started = time.perf_counter()
-    await db.write(database.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
+    await db.write(sql.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
     took = time.perf_counter() - started
-    await db.write(database.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
+    await db.write(sql.finish_turn, begun.reply_id, "me", "complete", "Hi", None, None, None)
     return took
 
 
@@ -80,9 +81,9 @@ def reading(job: Callable[..., object], *arguments: object) -> Callable[[Databas
 
 
 OPERATIONS: dict[str, Callable[[Database], Awaitable[float]]] = {
-    "listing a user's 10 projects": reading(database.select_projects, 1),
-    "listing a project's 10 sessions": reading(database.select_sessions, 1, 1, False),
-    "the last 50 messages of a session": reading(database.select_messages, 1, 3, 50, None),
+    "listing a user's 10 projects": reading(sql.select_projects, 1),
+    "listing a project's 10 sessions": reading(sql.select_sessions, 1, 1, False),
+    "the last 50 messages of a session": reading(sql.select_messages, 1, 3, 50, None),
     "beginning a turn": begin_and_end,
     "storing the text of a reply": store_text,
 }
@@ -108,7 +109,7 @@ def adopt(directory: Path) -> None:
     path = directory / "old.db"
     legacy.build(path, 1_000_000)
     started = time.perf_counter()
-    database.migrate(path)
+    sql.migrate(path)
     took = time.perf_counter() - started
     sys.stdout.write(f"\nAdoption of {path.stat().st_size / 1e6:.0f} MB with 1,000,000 messages: {took:.1f} s\n")
 

@@ -1,0 +1,82 @@
+"""Messages and their images."""
+
+from collections.abc import Iterable
+from sqlite3 import Connection
+from typing import Literal, NamedTuple
+
+import errors
+
+from .schema import MAX_ID
+from .sessions import OWNED_SESSION, select_session
+
+Status = Literal["queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty"]
+
+
+class Message(NamedTuple):
+    id: int
+    role: str
+    content: str
+    status: Status
+    error: str | None
+    usage: str | None
+    created_at: str
+
+
+_MESSAGE = "m.id, m.role, m.content, m.status, m.error, m.usage, m.created_at"
+
+
+def select_messages(
+    conn: Connection, user_id: int, session_id: int, limit: int | None, before: int | None
+) -> list[Message]:
+    """The newest `limit` messages older than message `before`, oldest first. Raises errors.NotFound."""
+    select_session(conn, user_id, session_id)
+    rows = conn.execute(
+        f"SELECT {_MESSAGE} FROM messages m WHERE m.session_id = ? AND m.id < ? ORDER BY m.id DESC LIMIT ?",
+        (session_id, MAX_ID if before is None else before, -1 if limit is None else limit),
+    ).fetchall()
+    return [Message(*row) for row in reversed(rows)]
+
+
+def select_images(conn: Connection, first: int, last: int, session_id: int) -> dict[int, list[tuple[int, str]]]:
+    """The images of a session's messages from one id to another: message id → [(image id, file)]."""
+    images: dict[int, list[tuple[int, str]]] = {}
+    for message_id, image_id, file in conn.execute(
+        "SELECT i.message_id, i.id, i.file FROM messages m JOIN message_images i ON i.message_id = m.id "
+        "WHERE m.session_id = ? AND m.id BETWEEN ? AND ? ORDER BY i.id",
+        (session_id, first, last),
+    ):
+        images.setdefault(message_id, []).append((image_id, file))
+    return images
+
+
+def select_image_files(conn: Connection, message_id: int) -> list[str]:
+    """The files of a message's images, in their order."""
+    rows = conn.execute("SELECT file FROM message_images WHERE message_id = ? ORDER BY id", (message_id,))
+    return [row[0] for row in rows]
+
+
+def select_image_file(conn: Connection, image_id: int) -> str:
+    """The file of an image. Raises errors.NotFound."""
+    row = conn.execute("SELECT file FROM message_images WHERE id = ?", (image_id,)).fetchone()
+    if row is None:
+        raise errors.NotFound("There is no such image.", code="image_not_found")
+    return str(row[0])
+
+
+def insert_images(conn: Connection, message_id: int, files: Iterable[str]) -> None:
+    """Images of a message, in their order."""
+    conn.executemany(
+        "INSERT INTO message_images (message_id, file) VALUES (?, ?)", ((message_id, file) for file in files)
+    )
+
+
+def select_owned_message(conn: Connection, user_id: int, session_id: int, message_id: int) -> Message:
+    """One message of a session of the user's. Raises errors.NotFound."""
+    row = conn.execute(
+        f"SELECT {_MESSAGE} FROM {OWNED_SESSION} JOIN messages m ON m.session_id = s.id "
+        "WHERE m.id = :id AND s.id = :session_id",
+        {"user_id": user_id, "session_id": session_id, "id": message_id},
+    ).fetchone()
+    if row is None:
+        raise errors.NotFound("There is no such message.", code="message_not_found")
+    return Message(*row)

@@ -1,0 +1,78 @@
+"""Projects."""
+
+from sqlite3 import Connection
+from typing import NamedTuple
+
+import errors
+from clock import now
+
+
+class Project(NamedTuple):
+    id: int
+    user_id: int
+    name: str
+    description: str | None
+    project_path: str
+    created_at: str
+
+
+_PROJECT = "p.id, p.user_id, p.name, p.description, p.project_path, p.created_at"
+
+
+def insert_project(
+    conn: Connection, user_id: int, name: str, description: str | None, project_path: str, errand_id: int
+) -> Project:
+    """A project whose folder exists; the errand that would have removed an abandoned folder is called off.
+
+    Raises errors.NotFound where the account is gone meanwhile.
+    """
+    row = conn.execute(
+        "INSERT INTO projects (user_id, name, description, project_path, created_at, updated_at) "
+        f"SELECT id, ?, ?, ?, ?, ? FROM users WHERE id = ? RETURNING {_PROJECT.replace('p.', '')}",
+        (name, description, project_path, now(), now(), user_id),
+    ).fetchone()
+    if row is None:
+        raise errors.NotFound("The account was deleted meanwhile.", code="project_not_found")
+    conn.execute("DELETE FROM outbox WHERE id = ?", (errand_id,))
+    return Project(*row)
+
+
+def select_projects(conn: Connection, user_id: int) -> list[Project]:
+    """All projects of a user, newest first."""
+    rows = conn.execute(f"SELECT {_PROJECT} FROM projects p WHERE p.user_id = ? ORDER BY p.id DESC", (user_id,))
+    return [Project(*row) for row in rows]
+
+
+def select_project(conn: Connection, user_id: int, project_id: int) -> Project:
+    """One project. Raises errors.NotFound."""
+    row = conn.execute(
+        f"SELECT {_PROJECT} FROM projects p WHERE p.id = ? AND p.user_id = ?", (project_id, user_id)
+    ).fetchone()
+    if row is None:
+        raise errors.NotFound("There is no such project.", code="project_not_found")
+    return Project(*row)
+
+
+def update_project(
+    conn: Connection, user_id: int, project_id: int, name: str | None, description: str | None
+) -> Project:
+    """Changes what is not None. Raises errors.NotFound."""
+    conn.execute(
+        "UPDATE projects SET name = coalesce(?, name), description = coalesce(?, description), updated_at = ? "
+        "WHERE id = ? AND user_id = ?",
+        (name, description, now(), project_id, user_id),
+    )
+    return select_project(conn, user_id, project_id)
+
+
+def update_project_path(conn: Connection, project_id: int, project_path: str, errand_id: int) -> str:
+    """Gives a project of old that has no folder this one, and calls off the errand that would remove it; returns
+    the folder that it has then. Raises errors.NotFound where the project is gone."""
+    row = conn.execute("SELECT project_path FROM projects WHERE id = ?", (project_id,)).fetchone()
+    if row is None:
+        raise errors.NotFound("There is no such project.", code="project_not_found")
+    if row[0]:
+        return str(row[0])
+    conn.execute("UPDATE projects SET project_path = ? WHERE id = ?", (project_path, project_id))
+    conn.execute("DELETE FROM outbox WHERE id = ?", (errand_id,))
+    return project_path

@@ -1,0 +1,104 @@
+"""Sessions, each a conversation of its own in a project."""
+
+import uuid
+from collections.abc import Sequence
+from sqlite3 import Connection
+from typing import NamedTuple
+
+import errors
+from clock import now
+
+from .projects import select_project
+
+
+class Session(NamedTuple):
+    id: int
+    project_id: int
+    session_key: str
+    label: str | None
+    archived: int
+    scope: str
+    channel: str
+    agent_id: str
+    created_at: str
+    last_used_at: str | None
+
+
+_SESSION = (
+    "s.id, s.project_id, s.session_key, s.label, s.archived, s.scope, s.channel, s.agent_id, s.created_at, "
+    "s.last_used_at"
+)
+
+OWNED_SESSION = "sessions s JOIN projects p ON p.id = s.project_id AND p.user_id = :user_id"
+
+
+def insert_session(conn: Connection, user_id: int, project_id: int, label: str | None, agent_id: str) -> Session:
+    """A session in a project of the user's. Raises errors.NotFound."""
+    select_project(conn, user_id, project_id)
+    session_id = conn.execute(
+        "INSERT INTO sessions (project_id, session_key, label, agent_id, created_at) VALUES (?, ?, ?, ?, ?)",
+        (project_id, str(uuid.uuid4()), label, agent_id, now()),
+    ).lastrowid
+    return select_session(conn, user_id, session_id or 0)
+
+
+def select_sessions(conn: Connection, user_id: int, project_id: int, archived: bool) -> list[Session]:
+    """The sessions of a project, newest first. Raises errors.NotFound."""
+    select_project(conn, user_id, project_id)
+    rows = conn.execute(
+        f"SELECT {_SESSION} FROM sessions s WHERE s.project_id = ? AND s.archived = ? ORDER BY s.id DESC",
+        (project_id, int(archived)),
+    )
+    return [Session(*row) for row in rows]
+
+
+def select_session(conn: Connection, user_id: int, session_id: int, project_id: int | None = None) -> Session:
+    """One session (of that project, where one is given). Raises errors.NotFound."""
+    row = conn.execute(
+        f"SELECT {_SESSION} FROM {OWNED_SESSION} WHERE s.id = :id AND s.project_id = coalesce(:project_id, p.id)",
+        {"user_id": user_id, "id": session_id, "project_id": project_id},
+    ).fetchone()
+    if row is None:
+        raise _no_session()
+    return Session(*row)
+
+
+def _no_session() -> errors.NotFound:
+    return errors.NotFound("There is no such session, or it is archived.", code="session_not_found")
+
+
+def update_session(
+    conn: Connection, user_id: int, session_id: int, label: str | None, archived: bool | None
+) -> Session:
+    """Changes what is not None. Raises errors.NotFound."""
+    select_session(conn, user_id, session_id)
+    conn.execute(
+        "UPDATE sessions SET label = coalesce(?, label), archived = coalesce(?, archived) WHERE id = ?",
+        (label, archived, session_id),
+    )
+    return select_session(conn, user_id, session_id)
+
+
+def select_session_ids(conn: Connection, user_id: int, project_id: int | None = None) -> list[int]:
+    """The sessions of a user, or of one of the user's projects."""
+    rows = conn.execute(
+        f"SELECT s.id FROM {OWNED_SESSION} WHERE s.project_id = coalesce(:project_id, p.id)",
+        {"user_id": user_id, "project_id": project_id},
+    )
+    return [row[0] for row in rows]
+
+
+def check_chat_session(conn: Connection, user_id: int, session_key: str) -> int:
+    """The id of a session that the user may chat in. Raises errors.NotFound."""
+    row = conn.execute(
+        f"SELECT s.id FROM {OWNED_SESSION} WHERE s.session_key = :key AND s.archived = 0",
+        {"user_id": user_id, "key": session_key},
+    ).fetchone()
+    if row is None:
+        raise _no_session()
+    return int(row[0])
+
+
+def archive_sessions(conn: Connection, session_ids: Sequence[int]) -> None:
+    """Lets no new turn begin in these sessions."""
+    conn.executemany("UPDATE sessions SET archived = 1 WHERE id = ?", ((i,) for i in session_ids))
