@@ -1,7 +1,5 @@
 """What can go wrong, in words a person can act on. Statuses belong to `web`, which maps these classes."""
 
-from typing import ClassVar
-
 
 class AppError(Exception):
     """An error that its caller may read: a sentence and a stable code.
@@ -9,7 +7,7 @@ class AppError(Exception):
     `retry_after` is in seconds. `message_id` names the reply under which the text that came can be read.
     """
 
-    code: ClassVar[str] = "internal_error"
+    code: str = "internal_error"  # of the class, unless an instance is given another
 
     def __init__(
         self,
@@ -21,7 +19,7 @@ class AppError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.name = code or self.code
+        self.code = code or self.code
         self.retry_after = retry_after
         self.message_id = message_id
 

@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
 def _failed(error: errors.AppError) -> Outcome:
     retryable = isinstance(error, errors.GatewayError) and error.retryable
     status: Status = "interrupted" if isinstance(error, errors.Interrupted) else "failed"
-    return Outcome(status, error={"code": error.name, "message": error.message, "retryable": retryable})
+    return Outcome(status, error={"code": error.code, "message": error.message, "retryable": retryable})
 
 
 def _interrupted() -> Outcome:

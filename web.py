@@ -151,7 +151,7 @@ def _error_response(error: errors.AppError) -> JSONResponse:
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if status in (429, 503) or error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after or 5)
-    body: dict[str, object] = {"detail": error.message, "code": error.name}
+    body: dict[str, object] = {"detail": error.message, "code": error.code}
     if error.message_id is not None:
         body["message_id"] = error.message_id
         headers["X-Message-Id"] = str(error.message_id)

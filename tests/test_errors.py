@@ -99,7 +99,7 @@ def test_every_class_has_a_status_of_its_kind(broken: httpx.Client, kind: type[A
 def test_a_stored_failure_comes_back_as_it_was(code: str) -> None:
     """What was stored with a reply becomes an error again with the same code, words, status and message."""
     error = errors.failure(code, ODD, False, 12)
-    assert (error.name, error.message, error.message_id, str(error)) == (code, ODD, 12, ODD)
+    assert (error.code, error.message, error.message_id, str(error)) == (code, ODD, 12, ODD)
     if issubclass(errors.CODES[code], GatewayError):
         assert type(error) is errors.CODES[code]
         assert isinstance(error, GatewayError) and not error.retryable
@@ -110,7 +110,7 @@ def test_a_stored_failure_comes_back_as_it_was(code: str) -> None:
 def test_a_failure_of_an_unknown_code_is_still_one() -> None:
     """A code that an older or newer version stored keeps its name and is an error of ours."""
     error = errors.failure("gateway_exploded", ODD, True)
-    assert (type(error), error.name, error.message_id) == (AppError, "gateway_exploded", None)
+    assert (type(error), error.code, error.message_id) == (AppError, "gateway_exploded", None)
 
 
 def test_the_gateways_codes_are_those_of_its_classes() -> None:

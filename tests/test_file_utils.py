@@ -123,7 +123,7 @@ class TestPaths:
         ):
             with pytest.raises(errors.Invalid) as caught:
                 act()
-            assert caught.value.name == "invalid_path"
+            assert caught.value.code == "invalid_path"
         assert everything(tmp_path) == before
 
     @pytest.mark.parametrize("path", ["a b", "back\\slash", "ünï/çødé 🚀", ".hidden", "...", "x" * 255, "é" * 127])
@@ -160,7 +160,7 @@ class TestPaths:
             file_utils.read_file(root, path, LIMIT)
         with pytest.raises(errors.Invalid) as written:
             file_utils.write_file(root, path, b"x")
-        assert (read.value.name, written.value.name) == ("invalid_path", "invalid_path")
+        assert (read.value.code, written.value.code) == ("invalid_path", "invalid_path")
         assert everything(outside) == {"file"}
         assert (outside / "file").read_bytes() == b"outside"
         assert (root / "inside").read_bytes() == b"inside"
@@ -214,7 +214,7 @@ class TestRead:
         (root / "folder").mkdir()
         with pytest.raises(errors.NotFound) as caught:
             file_utils.read_file(root, path, LIMIT)
-        assert caught.value.name == "file_not_found"
+        assert caught.value.code == "file_not_found"
 
     def test_missing_root(self, root: Path) -> None:
         """A project without its folder has no files."""
@@ -228,7 +228,7 @@ class TestRead:
         monkeypatch.delattr(os, "read")  # a file that is too large by its size is not even begun
         with pytest.raises(errors.TooLarge) as caught:
             file_utils.read_file(root, "file", 4999)
-        assert caught.value.name == "file_too_large"
+        assert caught.value.code == "file_too_large"
 
     def test_file_that_grows(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A file that grows after it was measured is read up to one byte past the limit, and refused."""
@@ -261,7 +261,7 @@ class TestRead:
             for path in ("closed", "shut/file"):
                 with pytest.raises(errors.Unavailable) as caught:
                     file_utils.read_file(folder, path, LIMIT)
-                assert caught.value.name == "disk_unavailable"
+                assert caught.value.code == "disk_unavailable"
                 assert str(folder) not in caught.value.message
                 assert isinstance(caught.value.__cause__, PermissionError)
 
@@ -370,7 +370,7 @@ class TestWrite:
             patched.setattr(os, call, fail)
             with pytest.raises(errors.Unavailable) as caught:
                 file_utils.write_file(root, "file", b"new")
-        assert caught.value.name == "disk_unavailable"
+        assert caught.value.code == "disk_unavailable"
         assert isinstance(caught.value.__cause__, OSError)
         assert everything(root) == {"file"}
         assert (root / "file").read_bytes() == b"old"
@@ -659,7 +659,7 @@ class TestRemove:
             (folder / "parent").chmod(0o500)
             with pytest.raises(errors.Unavailable) as caught:
                 file_utils.remove_tree(folder / "parent/project")
-            assert caught.value.name == "disk_unavailable"
+            assert caught.value.code == "disk_unavailable"
             assert (folder / "parent/project").exists()
             (folder / "parent").chmod(0o700)
 

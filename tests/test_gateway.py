@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import errors
-from gateway import NO_REPLY, CompletionReader, EventReader, _find_reply, agent_session, build_request
+from gateway import NO_REPLY, CompletionReader, EventReader, agent_session, build_request, find_reply
 
 KEY = "6f1c2a34-0b1c-4d5e-8f90-a1b2c3d4e5f6"
 IMAGE: dict[str, object] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -109,7 +109,7 @@ def test_what_is_no_completion_is_an_error(data: bytes) -> None:
     reader = CompletionReader()
     with pytest.raises(errors.GatewayError) as caught:
         reader.feed(frame("before") + data)
-    assert (caught.value.name, caught.value.retryable) == ("gateway_error", False)
+    assert (caught.value.code, caught.value.retryable) == ("gateway_error", False)
     assert reader.rest() == "before"
 
 
@@ -158,5 +158,5 @@ def test_only_the_reply_itself_is_recovered(
     items: list[dict[str, object]], run_id: str | None, known: set[str], got: str, text: str | None
 ) -> None:
     """A reply is taken from the history where it is surely ours, whole, and goes on from what we have."""
-    found = _find_reply(items, "q", run_id, known, got)
+    found = find_reply(items, "q", run_id, known, got)
     assert (found and found.text) == text

@@ -78,7 +78,7 @@ def refusal(kind: type[errors.AppError], code: str, *sources: str | bytes) -> st
     """The sentence with which these sources are refused, after a look at its class and code."""
     with pytest.raises(kind) as caught:
         image_handler.decode([source if isinstance(source, str) else encoded(source) for source in sources])
-    assert caught.value.name == code
+    assert caught.value.code == code
     return caught.value.message
 
 
@@ -509,7 +509,7 @@ class TestStore:
         store.publish(SESSION, store.stage([decode(made("PNG"))]))
         with pytest.raises(errors.NotFound) as caught:
             store.read(file)
-        assert caught.value.name == "image_not_found"
+        assert caught.value.code == "image_not_found"
 
     @pytest.mark.parametrize("key", ["", ".", "..", "incoming", "../other", f"{SESSION}/..", "x"])
     def test_session_keys(self, store: ImageStore, tmp_path: Path, key: str) -> None:
@@ -583,7 +583,7 @@ class TestUrl:
         store.verify(image_id, extension, expires, signature, now + DAY - 0.001)
         with pytest.raises(errors.NotFound) as caught:
             store.verify(image_id, extension, expires, signature, int(expires))
-        assert caught.value.name == "image_not_found"
+        assert caught.value.code == "image_not_found"
 
     def test_stays_the_same(self, store: ImageStore) -> None:
         """The URL is the same all day, so that browsers keep the picture, and another one the day after."""
@@ -607,7 +607,7 @@ class TestUrl:
         given = {"image_id": image_id, "extension": extension, "expires": expires, "signature": signature}
         with pytest.raises(errors.NotFound) as caught:
             store.verify(**{**given, **change}, now=NOW)
-        assert caught.value.name == "image_not_found"
+        assert caught.value.code == "image_not_found"
 
     def test_every_character_counts(self, store: ImageStore) -> None:
         """A signature or expiry with one character changed, added or taken away is refused."""

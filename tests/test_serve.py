@@ -430,7 +430,7 @@ def test_a_worker_that_cannot_come_back_is_tried_again(front: Start, checkout: C
 
 def test_a_log_that_nobody_reads_holds_nothing_up(front: Start, checkout: Checkout) -> None:
     """While there is no front a worker's lines wait in a pipe; when that is full they are lost, and it serves on."""
-    checkout.edit("serve.py", "PIPE_SIZE = 1024 * 1024", "PIPE_SIZE = 4096")
+    checkout.edit("handover/front.py", "PIPE_SIZE = 1024 * 1024", "PIPE_SIZE = 4096")
     process = front()
     worker = serves(checkout)
     process.kill()

@@ -1,0 +1,7 @@
+"""How a generation of the service hands over to the next: the front that PM2 runs, and the worker that serves."""
+
+from .front import CHECKOUT, PORT_TAKEN, UNUSABLE, Front
+from .protocol import listen, log_line
+from .worker import GuardedWorker, Worker
+
+__all__ = ["CHECKOUT", "PORT_TAKEN", "UNUSABLE", "Front", "GuardedWorker", "Worker", "listen", "log_line"]
