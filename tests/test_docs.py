@@ -1,22 +1,38 @@
-"""What is written about the service is true: its settings, routes, files, commands and versions are the real ones."""
+"""The documents agree with the code: settings, routes, error codes, rooms, commands, links and versions are the real
+ones, and the client in docs/api.md works."""
 
 import ast
 import os
 import re
+import shutil
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 import app
-import health
+import errors
 from settings import Settings
 
+from .proxy import IdleProxy
+from .service import Served
+from .stand_in import reply_text
+
 CHECKOUT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CHANGELOG.md", "SECURITY.md")
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *sorted(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md")),
+)
+README_LINES = 150
 NOT_OURS = {"openclaw.json"}  # files that are named and lie elsewhere
+# Phrases that only this project used, which a reader from elsewhere does not understand.
+DIALECT = re.compile(
+    r"\b(of old|goes on|is told|cannot be had|is no (picture|image)|up for grabs|errands?|walk(s|ed)? up"
+    r"|call(s|ed)? off|stays to be)\b"
+)
 SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 # A path of somebody's machine, which nobody else has.
 MACHINE = re.compile(rb"(?<![\w.~-])/(?:work/|root/|Users/|home/\w|tmp/w/)")
@@ -63,7 +79,7 @@ def tracked() -> list[str]:
 
 # --- settings -----------------------------------------------------------------------------------------
 
-VARIABLES = {row[0].strip("`"): row[1] for row in table("README.md", "variable")}
+VARIABLES = {row[0].strip("`"): row[1] for row in table("docs/operate.md", "variable")}
 
 
 def written(default: object) -> str:
@@ -77,13 +93,13 @@ def written(default: object) -> str:
     return "" if default is None else str(default)
 
 
-def test_readme_names_every_setting_and_no_other() -> None:
+def test_the_settings_table_names_every_setting_and_no_other() -> None:
     """An operator finds all of them in one table, in the order of the code."""
     assert list(VARIABLES) == [name.upper() for name in Settings.model_fields]
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_readme_names_a_settings_default(name: str) -> None:
+def test_the_settings_table_names_a_settings_default(name: str) -> None:
     """It is the one in the code; where that depends on something, words say on what."""
     default = written(Settings.model_fields[name].default)
     cell = VARIABLES.get(name.upper(), "")
@@ -94,51 +110,134 @@ def test_readme_names_a_settings_default(name: str) -> None:
 
 
 def named_routes() -> set[tuple[str, str]]:
-    """The routes of README's table; `PUT …` is another method of the path before it."""
+    """The routes of the table in docs/api.md; `PUT …` is another method of the path before it."""
     found, path = set(), ""
-    for row in table("README.md", "route"):
+    for row in table("docs/api.md", "route"):
         for method, named in re.findall(r"`([A-Z]+) (\S+?)(?:\?[^`]*)?`", row[0]):
             path = path if named == "…" else named
             found.add((method, path))
     return found
 
 
-def test_readme_names_every_route_and_no_other() -> None:
-    """Its table is that of the OpenAPI document, to which it points for the rest."""
+def test_the_routes_table_names_every_route_and_no_other() -> None:
+    """It has the routes of the OpenAPI document, and the document links to that for details."""
     paths = app.app.openapi()["paths"]
     assert named_routes() == {(method.upper(), path) for path, item in paths.items() for method in item}
-    assert {"/docs", "/openapi.json"} <= set(spans("README.md"))
+    assert {"/docs", "/openapi.json"} <= set(spans("docs/api.md"))
+
+
+# --- error codes --------------------------------------------------------------------------------------
+
+ERRORS = {row[0].strip("`"): {int(status) for status in row[1].split(", ")} for row in table("docs/api.md", "code")}
+
+
+def described_statuses() -> dict[str, set[int]]:
+    """The statuses of each code, as the routes of the OpenAPI document describe them."""
+    found: dict[str, set[int]] = {}
+    for item in app.app.openapi()["paths"].values():
+        for operation in item.values():
+            for status, response in operation["responses"].items():
+                codes = re.findall(r"`([a-z_]+)`", response.get("description", ""))
+                if "InvalidOut" in str(response):
+                    codes.append("invalid_request")
+                for code in codes:
+                    found.setdefault(code, set()).add(int(status))
+    return found
+
+
+def test_the_errors_table_names_every_code_once() -> None:
+    """A client's author finds each code, and no code that the service does not have."""
+    assert sorted(row[0].strip("`") for row in table("docs/api.md", "code")) == sorted(errors.CODES)
+
+
+@pytest.mark.parametrize("code", errors.CODES)
+def test_the_errors_table_names_a_codes_status(code: str) -> None:
+    """It is the status with which the routes answer, and the row says what to do."""
+    assert ERRORS.get(code) == described_statuses()[code]
+    assert all(row[2] for row in table("docs/api.md", "code"))
+
+
+# --- the client ---------------------------------------------------------------------------------------
+
+
+def run_client(directory: Path, url: str, *texts: str) -> list[str]:
+    """Runs the JavaScript of docs/api.md against the service at `url`, with `texts` in place of its two messages.
+    Returns the lines that it prints."""
+    source = "\n".join(re.findall(r"^```js\n(.*?)^```$", text_of("docs/api.md"), re.MULTILINE | re.DOTALL))
+    replacements = {"http://127.0.0.1:8002": url, "Good morning. Who are you?": texts[0], "Tell me more.": texts[1]}
+    for old, new in replacements.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (directory / "client.mjs").write_text(source, encoding="utf-8")
+    done = subprocess.run(["node", "client.mjs"], cwd=directory, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().split("\n")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node 20 or newer")
+def test_the_client_in_the_document_works(serve: Callable[..., Served], tmp_path: Path) -> None:
+    """It streams a reply through a proxy that cuts the connection at every pause, resumes it, gets it whole, and
+    stops the next one."""
+    text = "[[chunks=4 delay=0.5 seed=3]]"
+    served = serve(ping_seconds=15)
+    with IdleProxy(served.port, idle=0.3) as proxy:
+        printed = run_client(tmp_path, proxy.url, text, "[[chunks=100 delay=0.1]]")
+        assert proxy.connections > 4
+    whole = reply_text(text)
+    *reply, finish, stopped, end = printed
+    assert ("\n".join(reply), finish, end) == (whole, "stop", "")
+    assert re.fullmatch(r"stopped after \d+ characters", stopped)
 
 
 # --- files and commands -------------------------------------------------------------------------------
 
 
+def anchors(name: str) -> set[str]:
+    """The anchors that GitHub gives to a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", text_of(name), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @each_document
 def test_links_lead_somewhere(name: str) -> None:
-    """A file that is there, or a heading of the same document."""
-    text = text_of(name)
-    headings = {
-        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    """A relative link names a file that exists, and its anchor a heading of that file or of this one."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(name)):
         if not re.match(r"[a-z]+:", target):
             path, _, anchor = target.partition("#")
-            assert not path or (CHECKOUT / path).exists(), target
-            assert path or anchor in headings, target
+            file = (CHECKOUT / name).parent / path if path else CHECKOUT / name
+            assert file.is_file(), target
+            assert not anchor or anchor in anchors(os.path.relpath(file, CHECKOUT)), target
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    """A reader finds each document from the first one."""
+    links = set(re.findall(r"\]\(([^)\s#]+)", text_of("README.md")))
+    assert not set(DOCUMENTS) - links - {"README.md"}
+
+
+def test_the_readme_is_short() -> None:
+    """It is an overview; the details are in the documents that it links to."""
+    assert len(text_of("README.md").splitlines()) <= README_LINES
+
+
+@each_document
+def test_a_document_uses_the_words_of_the_field(name: str) -> None:
+    """No phrase in it is one that only this project used."""
+    prose = " ".join(text_of(name).lower().split())
+    assert not [match[0] for match in DIALECT.finditer(prose)]
 
 
 @each_document
 def test_files_that_are_named_exist(name: str) -> None:
     """What looks like a file of this repository is one."""
-    words = {word for span in spans(name) for word in re.findall(r"(?<![\w./~<>-])[\w.-][\w./-]*", span)}
-    files = {word for word in words if re.fullmatch(r"[\w./-]+\.(py|sh|json|toml|txt|md)", word)}
+    words = {word for span in spans(name) for word in re.findall(r"(?<![\w./~<>*-])[\w.-][\w./-]*(?![\w./(-])", span)}
+    files = {word for word in words if re.fullmatch(r"[\w./-]+\.(py|sh|json|toml|txt|md|lock)", word)}
     assert not {word for word in files - NOT_OURS if not (CHECKOUT / word).exists()}
 
 
 def commands() -> list[str]:
-    """The commands of README that begin with a program of ours, alone or after `&&`."""
-    parts = [part.strip() for span in spans("README.md") for part in span.split("&&")]
+    """The commands of all documents that begin with a program of ours, alone or after `&&`."""
+    parts = [part.strip() for name in DOCUMENTS for span in spans(name) for part in span.split("&&")]
     return sorted({re.split(r"\s+#", part)[0] for part in parts if re.match(r"\./|\.ci/", part)})
 
 
@@ -155,7 +254,8 @@ def test_a_command_can_be_run(command: str) -> None:
 
 @pytest.mark.parametrize("command", [command for command in commands() if " -k " in command])
 def test_a_promise_is_held_by_tests_that_exist(command: str) -> None:
-    """Each word of `-k` picks a test of the file that is named with it, or the promise would be held by nothing."""
+    """Each word of `-k` picks a test of the named file. Otherwise the command would run nothing, and nothing would hold
+    the promise."""
     match = re.fullmatch(r'\./tests/run (\S+) -k "?([\w ]+?)"?', command)
     assert match, command
     module = ast.parse((CHECKOUT / match[1]).read_text(encoding="utf-8"))
@@ -165,11 +265,12 @@ def test_a_promise_is_held_by_tests_that_exist(command: str) -> None:
     assert not [word for word in match[2].split(" or ") if not any(word in name for name in tests)]
 
 
-def test_readme_names_every_room() -> None:
-    """Whoever changes the service finds where a thing belongs."""
-    rooms = [row[0].strip("`") for row in table("README.md", "file")]
-    packages = {f"{path.parent.name}/" for path in CHECKOUT.glob("*/__init__.py")} - {"tests/"}
-    assert sorted(rooms) == sorted({path.name for path in CHECKOUT.glob("*.py")} | packages)
+def test_the_rooms_table_names_every_room() -> None:
+    """A developer finds where a thing belongs: each module and each package at the top level."""
+    rooms = [row[0].strip("`") for row in table("CONTRIBUTING.md", "file")]
+    packages = {path.parent.name for path in CHECKOUT.glob("*/__init__.py")} - {"tests"}
+    modules = {path.name for path in CHECKOUT.glob("*.py")}
+    assert sorted(rooms) == sorted(modules | {f"{package}/" for package in packages})
 
 
 # --- versions and the rest ----------------------------------------------------------------------------
@@ -179,7 +280,7 @@ def test_there_is_one_version() -> None:
     """The code's, the project's, and the newest in the changelog."""
     project = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
     newest = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", text_of("CHANGELOG.md"), re.MULTILINE)[0]
-    assert health.VERSION == project == newest
+    assert app.app.version == project == newest
 
 
 def test_the_changelog_is_one() -> None:

@@ -1,4 +1,5 @@
-"""Which branch runs where: README's table, each row on both ports, and what a checkout under a running service does."""
+"""Which branch runs where: each row of the table in docs/operate.md on both ports, and a checkout that changes under a
+running service."""
 
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.test_docs import table
 
 from .pm2 import PM2
 
-ROWS = table("README.md", "checked out")
+ROWS = table("docs/operate.md", "checked out")
 APPS = ("clawd-backend", "clawd-backend-dev")
 
 
@@ -29,7 +30,7 @@ def place(checkout: Checkout, what: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-def test_a_branch_runs_where_the_readme_says(pm2: PM2, checkout: Checkout, tmp_path: Path, row: list[str]) -> None:
+def test_a_branch_runs_where_the_document_says(pm2: PM2, checkout: Checkout, tmp_path: Path, row: list[str]) -> None:
     """Plain `pm2 start ecosystem.backend.json` runs what may run there; the rest is stopped after one try, with the
     reason in its log."""
     what, *verdicts = row
