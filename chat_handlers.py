@@ -392,10 +392,10 @@ async def read_image(
     """An image of a message. The URL, from the messages, carries its own signature and expires."""
     parts.images.verify(image_id, extension, expires, signature, time.time())
     file = parts.db.read(sql.select_image_file, image_id)
-    data, media_type = await asyncio.to_thread(parts.images.read, file)
+    image = await asyncio.to_thread(parts.images.load, file)
     headers = {
         "Cache-Control": "private, max-age=86400, immutable",
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "default-src 'none'; sandbox",
     }
-    return Response(data, media_type=media_type, headers=headers)
+    return Response(image.data, media_type=image.media_type, headers=headers)

@@ -123,7 +123,7 @@ class ImageStore:
         return staged
 
     def publish(self, session_key: str, staged: Sequence[Staged]) -> list[str]:
-        """Renames staged images into a session's folder; their names, as `read` takes them, in the same order.
+        """Renames staged images into a session's folder; their names, as `load` takes them, in the same order.
 
         Raises errors.Unavailable.
         """
@@ -142,15 +142,17 @@ class ImageStore:
             return None
         return self.publish(session_key, self.stage([image]))[0], image.data == data
 
-    def read(self, file: str) -> tuple[bytes, str]:
-        """An image's bytes and media type. Raises errors.NotFound (`image_not_found`)."""
+    def load(self, file: str) -> Image:
+        """Reads a published image. Raises errors.NotFound (`image_not_found`)."""
         if not _FILE.fullmatch(file):
             raise _not_found()
         try:
             data = file_utils.read_file(self._root, file, MAX_BYTES)
         except errors.NotFound as error:
             raise _not_found() from error
-        return data, _MEDIA_TYPES[file.rpartition(".")[2]]
+        _, _, name = file.rpartition("/")
+        digest, _, extension = name.partition(".")
+        return Image(data, _MEDIA_TYPES[extension], digest)
 
     def remove_session(self, session_key: str) -> None:
         """Removes all images of a session, if it has any. Raises errors.Unavailable when something remains."""

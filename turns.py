@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from sqlite3 import Connection
 from typing import Concatenate, NamedTuple, ParamSpec
 from weakref import WeakValueDictionary
@@ -296,8 +295,7 @@ class Turns:
         return await self._read(request, reply)
 
     def _image_parts(self, files: Sequence[str]) -> list[dict[str, object]]:
-        read = ((*self._images.read(file), Path(file).stem) for file in files)
-        return [image_handler.content_part(image_handler.Image(*parts)) for parts in read]
+        return [image_handler.content_part(self._images.load(file)) for file in files]
 
     async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
         usage, asked = None, time.monotonic()

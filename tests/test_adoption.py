@@ -80,7 +80,7 @@ def test_every_row_and_text_is_there(path: Path, messages: int) -> None:
     assert not kept.keys() & files.keys()
     assert all(pictures[number] == text for number, text in kept.items())
     for number, file in files.items():
-        assert store.read(file)[0] == base64.b64decode(pictures[number].rpartition(",")[2])
+        assert store.load(file).data == base64.b64decode(pictures[number].rpartition(",")[2])
 
 
 def test_what_fits_nowhere_is_kept(path: Path) -> None:

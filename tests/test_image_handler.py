@@ -457,7 +457,7 @@ class TestStore:
         names = store.publish(SESSION, staged)
         assert names == [f"{SESSION}/{image.digest}.{image.extension}" for image in images]
         assert files(tmp_path / "images") == set(names)
-        assert [store.read(name) for name in names] == [(image.data, image.media_type) for image in images]
+        assert [store.load(name) for name in names] == images
         assert {(tmp_path / "images" / name).stat().st_mode & 0o777 for name in names} == {0o600}
         [copy] = store.publish(OTHER, store.stage(images[:1]))
         store.remove_session(SESSION)
@@ -508,7 +508,7 @@ class TestStore:
         """A name that is not of our making, or of no file, is not found."""
         store.publish(SESSION, store.stage([decode(made("PNG"))]))
         with pytest.raises(errors.NotFound) as caught:
-            store.read(file)
+            store.load(file)
         assert caught.value.code == "image_not_found"
 
     @pytest.mark.parametrize("key", ["", ".", "..", "incoming", "../other", f"{SESSION}/..", "x"])
@@ -521,7 +521,7 @@ class TestStore:
         before = files(tmp_path)
         [name] = store.publish(key, store.stage([decode(made("PNG"))]))
         assert name != one
-        assert store.read(name) == store.read(one)
+        assert store.load(name) == store.load(one)
         store.remove_session(key)
         assert files(tmp_path) == before
 
@@ -551,7 +551,7 @@ class TestStore:
         store = ImageStore(tmp_path / "images", b"secret")
         image = decode(made("PNG"))
         [name] = store.publish(SESSION, store.stage([image]))
-        assert store.read(name) == (image.data, "image/png")
+        assert store.load(name) == image
         assert files(tmp_path / "disk") == {name}
 
 
