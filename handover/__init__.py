@@ -2,6 +2,17 @@
 
 from .front import CHECKOUT, PORT_TAKEN, UNUSABLE, Front
 from .protocol import listen, log_line
-from .worker import GuardedWorker, Worker
+from .worker import GuardedWorker, ServedState, ServedTurns, Worker
 
-__all__ = ["CHECKOUT", "PORT_TAKEN", "UNUSABLE", "Front", "GuardedWorker", "Worker", "listen", "log_line"]
+__all__ = [
+    "CHECKOUT",
+    "PORT_TAKEN",
+    "UNUSABLE",
+    "Front",
+    "GuardedWorker",
+    "ServedState",
+    "ServedTurns",
+    "Worker",
+    "listen",
+    "log_line",
+]

@@ -1,7 +1,6 @@
 """The front: the small process that PM2 runs. It imports nothing of the app."""
 
 import fcntl
-import json
 import os
 import re
 import selectors
@@ -15,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from .protocol import SUCCESSOR_WITHIN, listen, log_line, run_directory, send, write_lines
+from .protocol import SUCCESSOR_WITHIN, State, from_worker, listen, log_line, run_directory, send, write_lines
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PYTHON = str(CHECKOUT / "venv/bin/python")
@@ -52,7 +51,7 @@ class Generation:
         self.channel = channel
         self.log = log
         self.pid = 0
-        self.state = "starting"
+        self.state: State = "starting"
         self.failure = ""
         self.unfinished = b""  # the beginning of a line of its output
 
@@ -139,8 +138,10 @@ class Front:
             try:
                 channel.connect(str(path))
                 message, fds, *_ = socket.recv_fds(channel, 65536, 2)
-                hello = json.loads(message)
-            except (OSError, ValueError) as error:
+                hello = from_worker(message)
+                generation = Generation(channel, fds[0])
+                generation.pid, generation.state = hello["pid"], hello["state"]
+            except (OSError, LookupError) as error:
                 if isinstance(error, TimeoutError):
                     _kill_peer(channel)
                 channel.close()
@@ -149,8 +150,7 @@ class Front:
             for fd in fds:
                 os.set_inheritable(fd, False)
             channel.settimeout(None)
-            generation = self._add(Generation(channel, fds[0]))
-            generation.pid, generation.state = hello["pid"], hello["state"]
+            self._add(generation)
             if generation.state == "serving":
                 self._serving = generation
                 self._listener = socket.socket(fileno=fds[1])
@@ -178,11 +178,9 @@ class Front:
     def _hear(self, generation: Generation) -> None:
         """A word from a worker, or its end."""
         try:
-            message = json.loads(generation.channel.recv(65536, socket.MSG_DONTWAIT) or b'{"state": "gone"}')
+            message = from_worker(generation.channel.recv(65536, socket.MSG_DONTWAIT))
         except ConnectionError:
             message = {"state": "gone"}
-        except ValueError:
-            message = {}  # not of this protocol: it changes nothing
         generation.pid = message.get("pid", generation.pid)
         generation.failure = message.get("failure", generation.failure)
         generation.state = message.get("state", generation.state)

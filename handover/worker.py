@@ -1,7 +1,6 @@
 """The worker: the app on a listening socket, until it is told to retire or to stop."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -10,14 +9,44 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
-from .protocol import SUCCESSOR_WITHIN, log_line, run_directory, send
+from .protocol import SUCCESSOR_WITHIN, State, from_front, log_line, run_directory, send
 
 REVIVAL_WITHIN = 30  # the same after a front that died: PM2 starts it again
 IDLE_WITHIN = 10  # seconds that a retired worker leaves idle connections open; uvicorn closes them after 5
 LINGER = 3600  # seconds that a retired worker without turns waits for its last readers
 FINISH_WITHIN = 1  # seconds that requests have to end once the turns have
+
+
+class ServedTurns(Protocol):
+    """What a worker asks of the app's turns, which it finds as `app.state.turns` once the lifespan has started."""
+
+    @property
+    def running(self) -> int:
+        """How many turns run in this process."""
+
+    async def retire(self) -> None:
+        """Leaves queued turns to other processes; running ones continue."""
+
+    async def end(self) -> None:
+        """Lets running turns finish for `DRAIN_SECONDS`, then ends them as `interrupted`."""
+
+
+class ServedState(Protocol):
+    """What a worker reads and writes in `app.state`."""
+
+    turns: ServedTurns
+    failed_start: str | None
+
+
+class ServedApp(Protocol):
+    """An ASGI app as a worker knows it; it imports nothing of ours."""
+
+    state: ServedState
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """ASGI."""
 
 
 Scope = dict[str, Any]
@@ -30,7 +59,7 @@ class Worker:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
-        self._app: Any = None
+        self._app: ServedApp
         self._server: Any = None
         self._active = 0  # requests
         self._retired_at: float | None = None
@@ -223,7 +252,7 @@ class GuardedWorker(Worker):
         send(self._channel, {"state": self._state})
 
     @property
-    def _state(self) -> str:
+    def _state(self) -> State:
         if self._stopping:
             return "stopping"
         return "serving" if self._retired_at is None else "retiring"
@@ -247,20 +276,22 @@ class GuardedWorker(Worker):
 
     def _hear(self) -> None:
         try:
-            message = json.loads(self._channel.recv(65536, socket.MSG_DONTWAIT) or b"{}")
+            packet = self._channel.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except ConnectionError:
-            message = {}
+            packet = b""
+        if not packet:
+            self._be_alone()
+            return
+        message = from_front(packet)
         order = message.get("order")
         if order == "retire":
             self.retire()
         elif order == "keep":
-            self._app.state.failed_start = message["failure"]
+            self._app.state.failed_start = message.get("failure")
         elif order == "wait":
             self._told_to_wait = True
-        else:
-            self._be_alone()
 
     def _be_alone(self) -> None:
         loop = asyncio.get_running_loop()

@@ -17,8 +17,10 @@ import pytest
 from pydantic import SecretStr
 
 import telemetry
+from handover import ServedState, ServedTurns
 from health import VERSION
 from settings import Settings
+from turns import Turns
 
 from .conftest import make_settings
 from .service import CHECKOUT, JSON, NOWHERE, Person, Served, Service, until
@@ -485,3 +487,14 @@ def test_an_unexpected_error_is_explained_in_the_log(served: Served, tmp_path: P
     (explained,) = [line for line in lines if "exception" in line]
     assert explained["request_id"] == "broken-5"
     assert "a secret of the inside" in explained["exception"]
+
+
+def test_the_app_is_what_a_worker_asks_for(served: Served) -> None:
+    """`handover` imports nothing of the app; the app has what `handover` asks of it by a protocol, by name and, as
+    far as mypy sees, by type."""
+    asked_for: type[ServedTurns] = Turns
+    names = {name for name in vars(ServedTurns) if not name.startswith("_")}
+    assert names == {"running", "retire", "end"}
+    assert all(hasattr(asked_for, name) for name in names)
+    assert isinstance(served.app.state.turns, Turns)
+    assert all(hasattr(served.app.state, name) for name in ServedState.__annotations__)
