@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import errors
-import settings
 import sql
 from backup import (
     DAMAGED,
@@ -25,6 +24,7 @@ from backup import (
     tell,
 )
 from database import FileLock, connect
+from settings import Settings, load_settings
 
 _EXIT_STATUSES = """exit status:
   0  done
@@ -35,16 +35,16 @@ _EXIT_STATUSES = """exit status:
 """
 
 
-def _claim(place: settings.Settings, given: argparse.Namespace) -> None:
+def _claim(settings: Settings, given: argparse.Namespace) -> None:
     """Gives the projects of an account that nobody can sign into to somebody."""
-    with reading(place.db_path) as conn:
-        version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+    with reading(settings.db_path) as conn:
+        version = sql.schema_version(conn)
     if version != len(sql.MIGRATIONS):
         start = "Start the service of this code once: it brings the database up to date."
-        raise CommandError(FILE_PROBLEM, f"{place.db_path} has schema version {version}. {start}")
+        raise CommandError(FILE_PROBLEM, f"{settings.db_path} has schema version {version}. {start}")
     with ExitStack() as stack:
-        stack.enter_context(stack.enter_context(closing(FileLock(beside(place.db_path, ".lock")))))
-        conn = stack.enter_context(closing(connect(place.db_path, read_only=False)))
+        stack.enter_context(stack.enter_context(closing(FileLock(beside(settings.db_path, ".lock")))))
+        conn = stack.enter_context(closing(connect(settings.db_path, read_only=False)))
         conn.execute("BEGIN IMMEDIATE")
         try:
             count = sql.claim_projects(conn, given.from_user, given.to)
@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("database.py", description=about, epilog=_EXIT_STATUSES, formatter_class=formatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(
-        name: str, run: Callable[[settings.Settings, argparse.Namespace], None], does: str
-    ) -> Callable[..., object]:
+    def add(name: str, run: Callable[[Settings, argparse.Namespace], None], does: str) -> Callable[..., object]:
         command = commands.add_parser(
             name, help=does, description=does, epilog=_EXIT_STATUSES, formatter_class=formatter
         )
@@ -95,13 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        place = settings.load()
+        settings = load_settings()
     except SystemExit as wrong:
         parser.error(str(wrong))
     if given.database:
-        place = place.model_copy(update={"db_path": given.database.resolve()})
+        settings = settings.model_copy(update={"db_path": given.database.resolve()})
     try:
-        given.run(place, given)
+        given.run(settings, given)
     except CommandError as error:
         tell(str(error))
         return error.status

@@ -20,13 +20,12 @@ import gateway
 import health
 import image_handler
 import project_manager
-import settings as environment
 import sql
 import telemetry
 import web
 from outbox import Outbox
 from replies import FINAL
-from settings import Settings
+from settings import CHECKOUT, Settings, load_settings
 from turns import Turns
 from web import Parts
 
@@ -121,7 +120,7 @@ def _adoption_context(images: image_handler.ImageStore) -> sql.AdoptionContext:
         kept = images.adopt(session_key, source)
         return kept and sql.KeptImage(*kept)
 
-    return sql.AdoptionContext(keep, environment.CHECKOUT)
+    return sql.AdoptionContext(keep, CHECKOUT)
 
 
 @contextmanager
@@ -144,4 +143,4 @@ async def _watch_gateway(openclaw: gateway.Gateway) -> None:
         await asyncio.sleep(CHECK_GATEWAY_EVERY)
 
 
-app = create_app(environment.load())
+app = create_app(load_settings())

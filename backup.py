@@ -11,13 +11,13 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import file_utils
-import settings
 import sql
 from clock import now
 from database import FileLock, Lease
+from settings import Settings
 from telemetry import Progress
 
 DAMAGED, IN_USE, FILE_PROBLEM = 1, 3, 4  # exit statuses; 0 is done, 2 is argparse's
@@ -66,40 +66,15 @@ def _connect_to_read(path: Path) -> Connection:
     return conn
 
 
-class _Findings(NamedTuple):
-    version: int
-    rows: dict[str, int]
-    faults: list[str]
-
-
-def _examine(conn: Connection, what: Path) -> _Findings:
+def _examine(conn: Connection, what: Path) -> sql.Findings:
     """What is in a database, and what is wrong with it, 20 faults of a kind at most."""
     tell(f"checking {what.name} ({what.stat().st_size / 1e6:.1f} MB)")
     try:
-        return _look_through(conn)
+        return sql.examine(conn)
     except sqlite3.DatabaseError as error:
         if exit_status(error) != DAMAGED:
             raise
-        return _Findings(0, {}, [f"SQLite says: {error}"])
-
-
-def _look_through(conn: Connection) -> _Findings:
-    faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
-    version = int(conn.execute("PRAGMA user_version").fetchone()[0])
-    names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    if missing := sorted(sql.LEGACY.keys() - set(names)):
-        faults.append(f"it is no database of this service: it has no table {', '.join(missing)}")
-        return _Findings(version, {}, faults)
-    if version:  # before there were migrations, rows that belong to nobody were usual; migrating sets them aside
-        faults += [
-            f"a row of {table} (rowid {rowid}) refers to one of {parent} that is not there"
-            for checked in sql.REFERRING
-            if checked in names
-            for table, rowid, parent, _ in conn.execute(f"PRAGMA foreign_key_check({checked})").fetchmany(20)
-        ]
-    ours = [name for name in names if not name.startswith("sqlite_")]
-    rows = {name: int(conn.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for name in ours}
-    return _Findings(version, rows, faults)
+        return sql.Findings(0, {}, [f"SQLite says: {error}"])
 
 
 def _too_new(version: int) -> list[str]:
@@ -112,7 +87,7 @@ def _refuse_faults(faults: Sequence[str], what: Path, advice: str) -> None:
         raise CommandError(DAMAGED, "\n".join((f"{what} fails the check. {advice}", *faults)))
 
 
-def _say_contents(found: _Findings) -> None:
+def _say_contents(found: sql.Findings) -> None:
     say(f"schema version: {found.version}")
     say("rows: " + ", ".join(f"{table} {count}" for table, count in found.rows.items()))
 
@@ -153,7 +128,7 @@ def _remove(path: Path) -> None:
 # --- backup -----------------------------------------------------------------------------------------
 
 
-def backup(place: settings.Settings, given: argparse.Namespace) -> None:
+def backup(settings: Settings, given: argparse.Namespace) -> None:
     """Writes all that was committed when it began to a file, which has its name once it is whole."""
     target, made_at = given.file.absolute(), now()
     partial = beside(target, ".partial")
@@ -167,8 +142,8 @@ def backup(place: settings.Settings, given: argparse.Namespace) -> None:
         advice = "another backup writes it, or one was killed. If none runs, delete it."
         raise CommandError(FILE_PROBLEM, f"{partial} exists: {advice}") from error
     try:
-        _copy_pages(place.db_path, partial)
-        manifest = {"made_at": made_at, "database": str(place.db_path), **_described(partial, place)}
+        _copy_pages(settings.db_path, partial)
+        manifest = {"made_at": made_at, "database": str(settings.db_path), **_described(partial, settings)}
         file_utils.write_atomic(beside(target, ".files.json"), json.dumps(manifest, indent=1).encode(), 0o600)
         partial.rename(target)
         _sync(target.parent)
@@ -176,14 +151,14 @@ def backup(place: settings.Settings, given: argparse.Namespace) -> None:
         _remove(partial)
     say(f"backup: {target} ({target.stat().st_size} bytes), as of {made_at}")
     say(f"list of files: {beside(target, '.files.json')}")
-    say(f"copy beside it: {place.images}, {place.projects}, {place.data / 'secret.key'}")
+    say(f"copy beside it: {settings.images}, {settings.projects}, {settings.data / 'secret.key'}")
 
 
 def _copy_pages(path: Path, partial: Path) -> None:
     """Copies one state of the database, whoever writes meanwhile: the read transaction is what holds it still."""
     with reading(path) as conn:
         conn.execute("BEGIN")
-        conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        sql.schema_version(conn)  # the first reading after BEGIN fixes the state that is copied
         with closing(sqlite3.connect(partial, isolation_level=None)) as copy:
             copy.execute("PRAGMA synchronous=OFF")  # it is synced when it is whole
             progress = Progress(tell, "copying")
@@ -192,12 +167,12 @@ def _copy_pages(path: Path, partial: Path) -> None:
     _sync(partial)
 
 
-def _described(partial: Path, place: settings.Settings) -> dict[str, object]:
+def _described(partial: Path, settings: Settings) -> dict[str, object]:
     """What a backup holds and what belongs beside it. Raises CommandError where it fails the check."""
     with _reading_copy(partial) as conn:
         found = _examine(conn, partial)
-        _refuse_faults(found.faults, place.db_path, "No backup was made: restore one made before.")
-        inventory = _inventory(conn, place, found)
+        _refuse_faults(found.faults, settings.db_path, "No backup was made: restore one made before.")
+        inventory = _inventory(conn, settings, found)
     with partial.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     _say_contents(found)
@@ -206,8 +181,8 @@ def _described(partial: Path, place: settings.Settings) -> dict[str, object]:
         "bytes": partial.stat().st_size,
         "schema_version": found.version,
         "rows": found.rows,
-        "images_dir": str(place.images),
-        "projects_dir": str(place.projects),
+        "images_dir": str(settings.images),
+        "projects_dir": str(settings.projects),
         **inventory,
     }
 
@@ -220,16 +195,16 @@ def _reading_copy(path: Path) -> Iterator[Connection]:
         yield conn
 
 
-def _inventory(conn: Connection, place: settings.Settings, found: _Findings) -> dict[str, list[dict[str, Any]]]:
+def _inventory(conn: Connection, settings: Settings, found: sql.Findings) -> dict[str, list[dict[str, Any]]]:
     """The files that the rows speak of, and what of them is on disk now; sizes in bytes."""
     progress = Progress(tell, "looking at images and folders")
     images = []
     if "message_images" in found.rows:
-        for message_id, file in conn.execute("SELECT message_id, file FROM message_images ORDER BY id"):
-            images.append({"message_id": message_id, "file": file, **_image_on_disk(place.images / file)})
+        for message_id, file in sql.select_all_images(conn):
+            images.append({"message_id": message_id, "file": file, **_image_on_disk(settings.images / file)})
             progress(len(images), found.rows["message_images"])
     projects = []
-    for project_id, path in conn.execute("SELECT id, project_path FROM projects ORDER BY id"):
+    for project_id, path in sql.select_project_paths(conn):
         projects.append({"id": project_id, "path": path, **_folder_on_disk(path)})
         progress(len(projects), found.rows["projects"])
     return {"images": images, "projects": projects}
@@ -254,9 +229,9 @@ def _folder_on_disk(path: str) -> dict[str, Any]:
 # --- restore ----------------------------------------------------------------------------------------
 
 
-def restore(place: settings.Settings, given: argparse.Namespace) -> None:
+def restore(settings: Settings, given: argparse.Namespace) -> None:
     """Puts a checked copy of a backup in the database's place; a kill at any moment leaves one of the two whole."""
-    source, path, new = given.file.absolute(), place.db_path, beside(place.db_path, ".restoring")
+    source, path, new = given.file.absolute(), settings.db_path, beside(settings.db_path, ".restoring")
     if not source.is_file():
         raise CommandError(FILE_PROBLEM, f"{source} is not there, or is no file: name a backup.")
     if path.exists() and source.samefile(path):
@@ -267,7 +242,7 @@ def restore(place: settings.Settings, given: argparse.Namespace) -> None:
         _refuse_while_served(source)
         _forget_unfinished(path, new)
         try:
-            found, differences = _copy_checked(place, source, new)
+            found, differences = _copy_checked(settings, source, new)
             kept = _swap(path, new)
         finally:
             _remove(new)
@@ -299,7 +274,7 @@ def _forget_unfinished(path: Path, new: Path) -> None:
             kept.unlink()
 
 
-def _copy_checked(place: settings.Settings, source: Path, new: Path) -> tuple[_Findings, list[str]]:
+def _copy_checked(settings: Settings, source: Path, new: Path) -> tuple[sql.Findings, list[str]]:
     """Copies a backup, with what lies beside it where it was no backup but a database, and checks the copy."""
     listed = _read_list(source)
     digest = _copy_file(source, new)
@@ -312,11 +287,11 @@ def _copy_checked(place: settings.Settings, source: Path, new: Path) -> tuple[_F
     with _reading_copy(new) as conn:
         found = _examine(conn, new)
         _refuse_faults(found.faults + _too_new(found.version), source, "The database is as it was.")
-        differences = _differences(_inventory(conn, place, found), listed, place)
+        differences = _differences(_inventory(conn, settings, found), listed, settings)
         conn.execute("PRAGMA journal_mode=WAL")  # as the service has it; on closing all is in the one file
     if any(beside(new, suffix).exists() for suffix in _BESIDE):
         raise CommandError(FILE_PROBLEM, f"{new} could not be written out: look at the disk. Nothing was changed.")
-    _take_after(place.db_path, new)
+    _take_after(settings.db_path, new)
     _sync(new)
     return found, differences
 
@@ -350,7 +325,7 @@ def _read_list(source: Path) -> dict[str, Any] | None:
 
 
 def _differences(
-    inventory: dict[str, list[dict[str, Any]]], listed: dict[str, Any] | None, place: settings.Settings
+    inventory: dict[str, list[dict[str, Any]]], listed: dict[str, Any] | None, settings: Settings
 ) -> list[str]:
     """What the rows or the list speak of and is not on disk as it was."""
     images, projects = (listed["images"], listed["projects"]) if listed else ({}, {})
@@ -358,9 +333,9 @@ def _differences(
     for image in inventory["images"]:
         if not image["there"]:
             already = "" if not listed or image["file"] in images else ", as it was when the backup was made"
-            told.append(f"the image {place.images / image['file']} is missing{already}")
+            told.append(f"the image {settings.images / image['file']} is missing{already}")
         elif image["bytes"] != images.get(image["file"], image["bytes"]):
-            told.append(f"the image {place.images / image['file']} has another size than in the backup")
+            told.append(f"the image {settings.images / image['file']} has another size than in the backup")
     for project in inventory["projects"]:
         if not project["there"] and project["path"]:
             already = "" if not listed or project["id"] in projects else ", as it was when the backup was made"
@@ -403,7 +378,7 @@ def _close_down(path: Path) -> None:
     """Brings what the -wal holds into the database and closes it, alone; a damaged one stays as it is."""
     try:
         with closing(_connect_to_read(path)) as conn:
-            conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            sql.schema_version(conn)
         with closing(sqlite3.connect(path, isolation_level=None)) as conn:
             conn.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.DatabaseError as error:
@@ -414,25 +389,26 @@ def _close_down(path: Path) -> None:
 # --- check ------------------------------------------------------------------------------------------
 
 
-def check(place: settings.Settings, _: argparse.Namespace) -> None:
+def check(settings: Settings, _: argparse.Namespace) -> None:
     """Says what is in the database. Raises CommandError where something is wrong with it."""
-    with reading(place.db_path) as conn:
-        found = _examine(conn, place.db_path)
-        missing = _missing_images(conn, place, found) & _missing_images(conn, place, found)  # not deleted meanwhile
-    say(f"database: {place.db_path}")
+    with reading(settings.db_path) as conn:
+        found = _examine(conn, settings.db_path)
+        missing = _missing_images(conn, settings, found) & _missing_images(
+            conn, settings, found
+        )  # not deleted meanwhile
+    say(f"database: {settings.db_path}")
     _say_contents(found)
     _say_some("missing image", sorted(missing))
-    _refuse_faults(found.faults + _too_new(found.version), place.db_path, "Restore a backup.")
+    _refuse_faults(found.faults + _too_new(found.version), settings.db_path, "Restore a backup.")
     if missing:
-        raise CommandError(DAMAGED, f"The database is sound; bring the missing files back into {place.images}.")
+        raise CommandError(DAMAGED, f"The database is sound; bring the missing files back into {settings.images}.")
     say("the database is sound, and every image is there")
 
 
-def _missing_images(conn: Connection, place: settings.Settings, found: _Findings) -> set[str]:
+def _missing_images(conn: Connection, settings: Settings, found: sql.Findings) -> set[str]:
     if "message_images" not in found.rows:
         return set()
-    files = [row[0] for row in conn.execute("SELECT DISTINCT file FROM message_images")]
-    return {file for file in files if not (place.images / file).is_file()}
+    return {file for _, file in sql.select_all_images(conn) if not (settings.images / file).is_file()}
 
 
 def exit_status(error: sqlite3.Error) -> int:

@@ -15,10 +15,9 @@ from pydantic import BaseModel, Field
 
 import clock
 import errors
-import settings as environment
 import sql
 import telemetry
-from settings import Settings
+from settings import CHECKOUT, Settings
 from web import OpenParts
 
 router = APIRouter(tags=["health"])
@@ -106,7 +105,7 @@ def read_checkout() -> Checkout:
 def _git(*words: str) -> str:
     try:
         done = subprocess.run(  # noqa: S603 - fixed words
-            ["git", "-C", str(environment.CHECKOUT), *words],  # noqa: S607 - whichever git the operator has
+            ["git", "-C", str(CHECKOUT), *words],  # noqa: S607 - whichever git the operator has
             capture_output=True,
             text=True,
             check=True,

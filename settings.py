@@ -114,7 +114,7 @@ class Settings(BaseSettings):
         return self.data / "images"
 
 
-def load() -> Settings:
+def load_settings() -> Settings:
     """The settings of this process. Raises SystemExit with one line that names each wrong variable."""
     try:
         return Settings()

@@ -1,12 +1,13 @@
 """Every SQL statement, as a function of a connection. Callers write `sql.begin_turn(conn, ...)`."""
 
-from .adoption import LEGACY, AdoptionContext, KeptImage
+from .adoption import AdoptionContext, KeptImage
 from .deletes import Deleted, delete_project, delete_session, delete_user
 from .messages import (
     Failure,
     Message,
     Status,
     insert_images,
+    select_all_images,
     select_image_file,
     select_image_files,
     select_images,
@@ -21,8 +22,16 @@ from .outbox import (
     insert_outbox_job,
     postpone_outbox_job,
 )
-from .projects import Project, insert_project, select_project, select_projects, update_project, update_project_path
-from .schema import MAX_ID, MIGRATIONS, REFERRING, check, migrate
+from .projects import (
+    Project,
+    insert_project,
+    select_project,
+    select_project_paths,
+    select_projects,
+    update_project,
+    update_project_path,
+)
+from .schema import MAX_ID, MIGRATIONS, REFERRING, Findings, check, examine, migrate, schema_version
 from .sessions import (
     Session,
     check_chat_session,
@@ -68,7 +77,6 @@ from .users import (
 )
 
 __all__ = [
-    "LEGACY",
     "MAX_ID",
     "MIGRATIONS",
     "REFERRING",
@@ -78,6 +86,7 @@ __all__ = [
     "Deleted",
     "Ending",
     "Failure",
+    "Findings",
     "Halted",
     "KeptImage",
     "Message",
@@ -101,6 +110,7 @@ __all__ = [
     "delete_session",
     "delete_user",
     "email_key",
+    "examine",
     "finish_turn",
     "has_due_outbox_jobs",
     "inherit",
@@ -114,6 +124,8 @@ __all__ = [
     "postpone_outbox_job",
     "release_waiting",
     "request_stop",
+    "schema_version",
+    "select_all_images",
     "select_claimable",
     "select_image_file",
     "select_image_files",
@@ -123,6 +135,7 @@ __all__ = [
     "select_owned_message",
     "select_owners",
     "select_project",
+    "select_project_paths",
     "select_projects",
     "select_reply",
     "select_running",

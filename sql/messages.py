@@ -1,7 +1,7 @@
 """Messages and their images."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from sqlite3 import Connection
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -72,6 +72,11 @@ def select_image_files(conn: Connection, message_id: int) -> list[str]:
     """The files of a message's images, in their order."""
     rows = conn.execute("SELECT file FROM message_images WHERE message_id = ? ORDER BY id", (message_id,))
     return [row[0] for row in rows]
+
+
+def select_all_images(conn: Connection) -> Iterator[tuple[int, str]]:
+    """Every image of every message: (message id, file)."""
+    yield from conn.execute("SELECT message_id, file FROM message_images ORDER BY id")
 
 
 def select_image_file(conn: Connection, image_id: int) -> str:

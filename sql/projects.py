@@ -1,5 +1,6 @@
 """Projects."""
 
+from collections.abc import Iterator
 from sqlite3 import Connection
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ def select_projects(conn: Connection, user_id: int) -> list[Project]:
     """All projects of a user, newest first."""
     rows = conn.execute(f"SELECT {_PROJECT} FROM projects p WHERE p.user_id = ? ORDER BY p.id DESC", (user_id,))
     return [Project(*row) for row in rows]
+
+
+def select_project_paths(conn: Connection) -> Iterator[tuple[int, str]]:
+    """Every project of every user: (id, folder). A legacy project may have no folder: its path is empty."""
+    yield from conn.execute("SELECT id, project_path FROM projects ORDER BY id")
 
 
 def select_project(conn: Connection, user_id: int, project_id: int) -> Project:

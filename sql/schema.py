@@ -10,10 +10,11 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from sqlite3 import Connection
+from typing import NamedTuple
 
 import errors
 
-from .adoption import AdoptionContext, adopt, count
+from .adoption import LEGACY, AdoptionContext, adopt, count
 from .users import email_key
 
 log = logging.getLogger("clawd.database")
@@ -40,7 +41,7 @@ def migrate(path: Path, context: AdoptionContext | None = None) -> None:
     """
     try:
         with closing(_connect_to_look(path)) as conn:
-            version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+            version = schema_version(conn)
             if version > len(MIGRATIONS):
                 raise errors.Unavailable(
                     f"{path} has schema version {version}, this code knows {len(MIGRATIONS)}: "
@@ -124,6 +125,40 @@ def _apply(
     finally:
         if conn.in_transaction:
             conn.execute("ROLLBACK")
+
+
+def schema_version(conn: Connection) -> int:
+    """The version of the schema; 0 for a legacy database or an empty file."""
+    return int(conn.execute("PRAGMA user_version").fetchone()[0])
+
+
+class Findings(NamedTuple):
+    """What `examine` found: the version of the schema, the rows of each table, and what is wrong."""
+
+    version: int
+    rows: dict[str, int]
+    faults: list[str]
+
+
+def examine(conn: Connection) -> Findings:
+    """Checks a database as a whole, and lists at most 20 faults of a kind. Raises sqlite3.DatabaseError where the
+    file cannot be read at all."""
+    faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
+    version = schema_version(conn)
+    names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    if missing := sorted(LEGACY.keys() - set(names)):
+        faults.append(f"it is not a database of this service: it has no table {', '.join(missing)}")
+        return Findings(version, {}, faults)
+    if version:  # a legacy database may have such rows; the migration sets them aside
+        faults += [
+            f"a row of {table} (rowid {rowid}) refers to one of {parent} that does not exist"
+            for checked in REFERRING
+            if checked in names
+            for table, rowid, parent, _ in conn.execute(f"PRAGMA foreign_key_check({checked})").fetchmany(20)
+        ]
+    ours = [name for name in names if not name.startswith("sqlite_")]
+    rows = {name: int(conn.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for name in ours}
+    return Findings(version, rows, faults)
 
 
 def check(conn: Connection) -> None:

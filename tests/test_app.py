@@ -375,7 +375,7 @@ def look():
 before = look()
 import app
 assert app.app.title == "clawd-backend"
-again = app.create_app(app.environment.load())
+again = app.create_app(app.load_settings())
 assert again is not app.app
 json.dump([before, look()], sys.stdout)
 """

@@ -35,7 +35,7 @@ SHOW = """
 import json, sys
 from pydantic import SecretStr
 import settings
-loaded = settings.load()
+loaded = settings.load_settings()
 shown = {name: getattr(loaded, name) for name in sys.argv[1:]}
 opened = {name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in shown.items()}
 json.dump(opened, sys.stdout, default=str)
@@ -115,15 +115,15 @@ def test_a_wrong_dotenv_stops_the_start(checkout: Path) -> None:
 def test_data_lies_beside_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`DATA_DIR` is where the database is unless it is said; images and projects lie in it unless that is said."""
     monkeypatch.setenv("DB_PATH", str(tmp_path / "here/x.db"))
-    loaded = settings.load()
+    loaded = settings.load_settings()
     here = tmp_path / "here"
     assert (loaded.data, loaded.images, loaded.projects) == (here, here / "images", here / "projects")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "there"))
-    loaded, there = settings.load(), tmp_path / "there"
+    loaded, there = settings.load_settings(), tmp_path / "there"
     assert (loaded.db_path.parent, loaded.data, loaded.images) == (here, there, there / "images")
     assert loaded.projects == there / "projects"
     monkeypatch.setenv("PROJECTS_DIR", str(tmp_path / "elsewhere"))
-    assert (settings.load().data, settings.load().projects) == (there, tmp_path / "elsewhere")
+    assert (settings.load_settings().data, settings.load_settings().projects) == (there, tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("name", ["DB_PATH", "DATA_DIR", "PROJECTS_DIR"])
@@ -144,7 +144,7 @@ def test_a_path_may_be_relative(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    assert str(getattr(settings.load(), name.lower())) == expected.format(checkout=CHECKOUT, home=tmp_path)
+    assert str(getattr(settings.load_settings(), name.lower())) == expected.format(checkout=CHECKOUT, home=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def test_a_path_may_be_relative(
 def test_a_right_value_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: object) -> None:
     """A value counts as it is documented, without a trailing slash, in any case where case says nothing."""
     monkeypatch.setenv(name, value)
-    assert getattr(settings.load(), name.lower()) == expected
+    assert getattr(settings.load_settings(), name.lower()) == expected
 
 
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
 def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A variable that is there and empty counts as one that is not there."""
-    usual = settings.load()
+    usual = settings.load_settings()
     monkeypatch.setenv(name, "")
-    assert settings.load() == usual
+    assert settings.load_settings() == usual
 
 
 # --- what is refused ----------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_wrong_value_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: st
     """What cannot be meant ends the process with one line that names the variable, and no secret."""
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
-        settings.load()
+        settings.load_settings()
     said = str(stopped.value.code)
     assert name in said
     assert len(said.splitlines()) == 1
@@ -284,7 +284,7 @@ def test_settings_show_no_secret_and_do_not_change(monkeypatch: pytest.MonkeyPat
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    loaded = settings.load()
+    loaded = settings.load_settings()
     for text in (repr(loaded), str(loaded), loaded.model_dump_json()):
         for value in secrets.values():
             assert value not in text
