@@ -95,7 +95,7 @@ describe_venv() {
   "$PYTHON" - <<'END'
 import hashlib, pathlib, sys
 print(sys.version.split()[0], pathlib.Path("venv").absolute())
-print(hashlib.sha256(pathlib.Path("requirements.txt").read_bytes()).hexdigest())
+print(hashlib.sha256(pathlib.Path("requirements.lock").read_bytes()).hexdigest())
 END
 }
 
@@ -111,7 +111,7 @@ $output"
 replace_venv() {
   quietly rm -rf venv.new venv.old
   quietly "$PYTHON" -m venv venv.new
-  quietly venv.new/bin/python -m pip install "$@" -r requirements.txt
+  quietly venv.new/bin/python -m pip install "$@" --require-hashes -r requirements.lock
   [[ ! -d venv ]] || mv venv venv.old
   mv venv.new venv
   quietly "$PYTHON" -m venv venv # its scripts name their place
@@ -125,7 +125,7 @@ build_venv() {
   [[ $found != "$wanted" ]] || return 0
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$PYTHON has no module venv. On Debian and Ubuntu: apt-get install python3-venv"
-  say "Installing what requirements.txt names into venv/; this takes a minute."
+  say "Installing what requirements.lock names into venv/; this takes a minute."
   if [[ ${found%%$'\n'*} != "${wanted%%$'\n'*}" ]]; then
     replace_venv "${options[@]}"
   elif [[ $found == "${wanted%%$'\n'*}" ]]; then
@@ -133,7 +133,7 @@ build_venv() {
   fi
   # A service may be running on it: it is mended in place, and counts as whole with the second line only.
   printf '%s\n' "${wanted%%$'\n'*}" >venv/.stamp
-  quietly venv/bin/python -m pip install "${options[@]}" -r requirements.txt
+  quietly venv/bin/python -m pip install "${options[@]}" --require-hashes -r requirements.lock
   printf '%s\n' "$wanted" >venv/.stamp
 }
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 
-from .service import CHECKOUT, JSON, free_port
+from .service import CHECKOUT, COVERAGE, JSON, free_port
 
-TOOLS = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "GIT_CONFIG_GLOBAL": "/dev/null"}
+TOOLS = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "GIT_CONFIG_GLOBAL": "/dev/null", **COVERAGE}
 
 
 class Checkout:
@@ -98,7 +98,7 @@ def use_this_python(path: Path) -> None:
     for name, start in (("python", ""), ("uvicorn", "-m uvicorn")):
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
         (programs / name).chmod(0o755)
-    content = sha256((path / "requirements.txt").read_bytes()).hexdigest()
+    content = sha256((path / "requirements.lock").read_bytes()).hexdigest()
     (path / "venv" / ".stamp").write_text(f"{sys.version.split()[0]} {path / 'venv'}\n{content}\n")
 
 

@@ -1,6 +1,6 @@
 """What the tests share: a stand-in for OpenClaw, the real app in front of it, and a person who uses it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,22 @@ from pydantic import SecretStr
 
 from settings import Settings
 
-from .service import Person, Served
+from .service import Person, Served, free_port
 from .stand_in import StandIn
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """pytest-xdist cannot send a report with half a character in it, which some tests log on purpose."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture
 def openclaw() -> Iterator[StandIn]:
     """A gateway of the test's own."""
-    with StandIn() as gateway:
+    with StandIn(free_port()) as gateway:
         yield gateway
 
 

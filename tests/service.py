@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -27,14 +28,31 @@ from settings import Settings
 T = TypeVar("T")
 JSON = dict[str, Any]
 CHECKOUT = Path(__file__).resolve().parents[1]
+RESERVED: list[socket.socket] = []
 NOWHERE = os.open(os.devnull, os.O_WRONLY)
+# What a process with an environment of its own needs to be measured by `./tests/run --coverage`; otherwise empty.
+COVERAGE = {name: value for name, value in os.environ.items() if name == "COVERAGE_PROCESS_CONFIG"}
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listens on, and that no other test gets while this process lives.
+
+    It is below the range from which the kernel chooses ports of its own: a connection of another test would otherwise
+    take it before it is listened on. Tests run in parallel, so each port is reserved by an abstract Unix socket, which
+    is gone with the process.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+        reservation = socket.socket(socket.AF_UNIX)
+        try:
+            reservation.bind(f"\0clawd-backend tests: port {port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reservation.close()
+        else:
+            RESERVED.append(reservation)
+            return port
+    raise OSError("there is no free port from 20000 to 31999")
 
 
 def until(look: Callable[[], T | None], seconds: float, what: str) -> T:
@@ -106,6 +124,7 @@ class Service:
             "PATH": os.environ["PATH"],
             "HOME": str(directory),
             "PYTHONUNBUFFERED": "1",
+            **COVERAGE,
             "DB_PATH": str(directory / "service.db"),
             "DATA_DIR": str(directory),
             "PROJECTS_DIR": str(directory / "projects"),

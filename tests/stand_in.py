@@ -287,7 +287,7 @@ class StandIn:
     `requests`, `runs` and `deleted` grow in the order of what happens; `sessions` holds the transcripts.
     """
 
-    def __init__(self, port: int = 0, token: str = "stand-in-token", *, demo: bool = False) -> None:  # noqa: S107
+    def __init__(self, port: int = 0, token: str = "stand-in-token", *, demo: bool = False) -> None:  # noqa: S107 - of tests
         self.host = "127.0.0.1"
         self.port = port
         self.token = token

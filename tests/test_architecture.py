@@ -85,7 +85,7 @@ def tree(room: str) -> ast.Module:
     module = ast.parse((CHECKOUT / f"{room}.py").read_text(encoding="utf-8"))
     for node in ast.walk(module):
         for child in ast.iter_child_nodes(node):
-            child.parent = node  # type: ignore[attr-defined]
+            child.parent = node  # type: ignore[attr-defined]  # an attribute that we add
     return module
 
 

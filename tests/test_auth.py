@@ -626,7 +626,7 @@ FORGED: dict[str, Forge] = {
     "ver is null": with_(ver=None),
     "jti is null": with_(jti=None),
     "jti is no Unicode": with_(jti="\ud800"),
-    "claims that are a list": lambda _: sign([1]),  # type: ignore[arg-type]
+    "claims that are a list": lambda _: sign([1]),  # type: ignore[arg-type]  # the wrong type is the test
     "nested deeply": lambda _: f"{encode(b'[' * 700)}.e30.AAAA",
     "two parts": lambda claims: sign(claims).rpartition(".")[0],
     "four parts": lambda claims: sign(claims) + ".AAAA",

@@ -135,18 +135,19 @@ def fill(path: Path, megabytes: int) -> None:
         conn.execute("COMMIT")
 
 
+@pytest.mark.parametrize(("megabytes", "backups"), [(10, 1), pytest.param(40, 3, marks=pytest.mark.slow)])
 def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
-    tmp_path: Path, openclaw: StandIn, live: Path
+    tmp_path: Path, openclaw: StandIn, live: Path, megabytes: int, backups: int
 ) -> None:
     """Of a service that writes without a pause, each backup holds every message acknowledged before it began, and
     never a turn without its reply's row; check passes meanwhile; a service on the restored file serves them."""
-    fill(make(live, "first@example.com"), 40)
+    fill(make(live, "first@example.com"), megabytes)
     service = Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent))
     with service, service.person() as ada:
         session = ada.session()
         assert ada.say(session, "kept").status_code == 200
         with load(service, 6) as acknowledged:
-            for number in range(3):
+            for number in range(backups):
                 before = dict(acknowledged)
                 done = command("backup", tmp_path / f"{number}.backup")
                 assert done.returncode == DONE, done.stderr
@@ -160,11 +161,12 @@ def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
                     assert conn.execute(halves).fetchone() == (0,)
             checked = command("check")
             assert checked.returncode == DONE, checked.stderr
-        refused = command("restore", tmp_path / "2.backup")
+        newest = tmp_path / f"{backups - 1}.backup"
+        refused = command("restore", newest)
         assert refused.returncode == RUNS
         assert f"process {service.pid}" in refused.stderr
         service.kill()
-        restored = command("restore", tmp_path / "2.backup")
+        restored = command("restore", newest)
         assert restored.returncode == DONE, restored.stderr
         service.start()
         assert ada.messages(session)[0]["content"] == "kept"

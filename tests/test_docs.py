@@ -315,8 +315,9 @@ def test_nothing_names_a_path_of_one_machine() -> None:
         *("clawdbot_adapter.db", "clawdbot_adapter.db-wal", "clawdbot_adapter.db-shm", "clawdbot_adapter.db.lock"),
         *("clawdbot_adapter_dev.db", "clawdbot_adapter.db.20260101T000000000000Z.v0.backup"),
         *("clawdbot_adapter.db.20260101T000000000000Z.replaced.backup", "clawdbot_adapter.db.restoring"),
+        *(".coverage", ".coverage.host.1.abc"),
         *("clawdbot_adapter.db.workers/0", "images/incoming/0", "projects/Garden_20260101/README.md", "secret.key"),
-        *(".env", "venv/bin/python", "tests/.venv/bin/python", "__pycache__/app.pyc", "tests/__pycache__/app.pyc"),
+        *(".env", "venv/bin/python", "tests/.venv-3.11/bin/python", "__pycache__/app.pyc", "tests/__pycache__/app.pyc"),
     ],
 )
 def test_what_running_leaves_is_ignored(path: str) -> None:

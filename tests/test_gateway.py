@@ -32,7 +32,7 @@ def test_every_request_names_its_conversation_twice(images: list[dict[str, objec
 def test_a_picture_alone_needs_no_text() -> None:
     """A message of pictures only has no empty text part."""
     request = build_request(agent_id="main", session_key=KEY, project=("P", None, ""), text="", images=[IMAGE])
-    assert request.body["messages"][-1]["content"] == [IMAGE]  # type: ignore[index]
+    assert request.body["messages"][-1]["content"] == [IMAGE]  # type: ignore[index]  # of JSON
 
 
 def test_the_session_key_is_lower_case() -> None:

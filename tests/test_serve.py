@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
-from .checkout import Checkout, is_alive, is_open
+from .checkout import TOOLS, Checkout, is_alive, is_open
 from .service import NO_TLS, Person, free_port, until
 from .stand_in import StandIn, reply_text
 
@@ -29,6 +29,9 @@ def checkout(tmp_path: Path, openclaw: StandIn) -> Iterator[Checkout]:
     settings = {"CLAWDBOT_BASE_URL": openclaw.url, "CLAWDBOT_TOKEN": openclaw.token, "DRAIN_SECONDS": "1"}
     checkout = Checkout(tmp_path / "a checkout", settings)
     yield checkout
+    for pid in checkout.workers():  # each would wait some seconds for another front
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     until(lambda: not [pid for pid in checkout.workers() if is_alive(pid)], 15, "the end of the workers")
 
 
@@ -42,10 +45,9 @@ def start(checkout: Checkout) -> Iterator[Start]:
 
     def run(*options: str, port: int | None = None) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "serve.py", "--port", str(port or checkout.port), *options]
-        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "GIT_CONFIG_GLOBAL": "/dev/null"}
         with (checkout.path / "serve.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=checkout.path, env=environment, stdout=log, stderr=log, start_new_session=True
+                command, cwd=checkout.path, env=TOOLS, stdout=log, stderr=log, start_new_session=True
             )
         processes.append(process)
         return process
@@ -230,6 +232,7 @@ def test_a_retired_worker_ends_its_connections(front: Start, checkout: Checkout)
     until(lambda: not is_alive(old), 15, "the old worker's end")
 
 
+@pytest.mark.slow
 def test_a_message_over_an_old_connection_is_answered(front: Start, checkout: Checkout, openclaw: StandIn) -> None:
     """A retired worker still takes a message from a client that has its connection: it runs there at once, or, behind
     another reply, in whichever worker is free to take it; none is forgotten."""
@@ -347,6 +350,7 @@ def test_a_directory_of_somebody_else_is_said(front: Start, checkout: Checkout) 
     assert "run/" in output(checkout) and "cannot be used" in output(checkout)
 
 
+@pytest.mark.slow
 def test_a_stop_ends_a_worker_whose_database_is_held(front: Start, checkout: Checkout) -> None:
     """A write that fails while it stops does not keep it alive."""
     process = front()
@@ -358,6 +362,7 @@ def test_a_stop_ends_a_worker_whose_database_is_held(front: Start, checkout: Che
         conn.execute("ROLLBACK")
 
 
+@pytest.mark.slow
 def test_a_second_reason_to_stop_cuts_nothing_short(front: Start, checkout: Checkout) -> None:
     """A reply has the time that it may take, whoever else wants the worker to end: only a second signal hurries it."""
     checkout.edit(".env", "DRAIN_SECONDS=1", "DRAIN_SECONDS=20")
@@ -428,6 +433,7 @@ def test_a_worker_that_cannot_come_back_is_tried_again(front: Start, checkout: C
     assert httpx.get(f"{checkout.url}/health", timeout=30, trust_env=False).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_log_that_nobody_reads_holds_nothing_up(front: Start, checkout: Checkout) -> None:
     """While there is no front a worker's lines wait in a pipe; when that is full they are lost, and it serves on."""
     checkout.edit("handover/front.py", "PIPE_SIZE = 1024 * 1024", "PIPE_SIZE = 4096")

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 import settings
 from settings import Settings
 
-from .service import CHECKOUT, JSON, free_port
+from .service import CHECKOUT, COVERAGE, JSON, free_port
 
 DEFAULTS: JSON = {
     "db_path": "{checkout}/clawdbot_adapter.db",
@@ -258,6 +258,7 @@ def test_a_path_that_cannot_be_used_stops_the_start(tmp_path: Path, name: str, p
         "DB_PATH": str(tmp_path / "x.db"),
         "DATA_DIR": str(tmp_path),
         "CLAWDBOT_BASE_URL": f"http://127.0.0.1:{free_port()}",
+        **COVERAGE,
         name: str(tmp_path / path),
     }
     command = [sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(free_port())]
@@ -289,4 +290,4 @@ def test_settings_show_no_secret_and_do_not_change(monkeypatch: pytest.MonkeyPat
         for value in secrets.values():
             assert value not in text
     with pytest.raises(ValueError, match="frozen"):
-        loaded.token_ttl = 60  # type: ignore[misc]
+        loaded.token_ttl = 60  # type: ignore[misc]  # the model is frozen, which is tested

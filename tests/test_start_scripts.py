@@ -17,7 +17,7 @@ import pytest
 
 from settings import Settings
 
-from .checkout import TOOLS, use_this_python
+from .checkout import TOOLS, Checkout, use_this_python
 from .service import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "tests").mkdir()
     (directory / "tests" / ".gitkeep").touch()
     (directory / ".gitignore").write_text("venv/\n.env\n")
-    (directory / "requirements.txt").write_text("# nothing\n")
+    (directory / "requirements.lock").write_text("# nothing\n")
     for script in SCRIPTS:
         shutil.copy(ROOT / script, directory)
     start = directory / "start-backend.sh"
@@ -54,7 +54,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(directory, "add", ".")
     git(directory, "commit", "-m", "First")
     assert run(start, "--check").stderr == (
-        "start-backend.sh: Installing what requirements.txt names into venv/; this takes a minute.\n"
+        "start-backend.sh: Installing what requirements.lock names into venv/; this takes a minute.\n"
     )
     return directory
 
@@ -160,10 +160,11 @@ def test_options(script: str) -> None:
         assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_changed_requirements_are_installed_before_the_start(checkout: Path) -> None:
     """A failure shows what pip said, leaves an environment that the next start does not take for whole, and does not
     take it away from a service that runs on it."""
-    requirements = checkout / "requirements.txt"
+    requirements = checkout / "requirements.lock"
     mark = checkout / "venv" / "left-over"
     mark.touch()
     requirements.write_text("=== no requirement\n")
@@ -179,6 +180,21 @@ def test_changed_requirements_are_installed_before_the_start(checkout: Path) -> 
     (checkout / "venv" / ".stamp").write_text("3.0.0 elsewhere\n")
     assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
     assert not mark.exists()
+
+
+def test_what_has_no_hash_is_not_installed(checkout: Path) -> None:
+    """A package that the lock file does not pin by its hash could be anything."""
+    lock = checkout / "requirements.lock"
+    before = lock.read_text()
+    lock.write_text("./package\n")
+    (checkout / "package").mkdir()
+    (checkout / "package" / "pyproject.toml").write_text('[project]\nname = "package"\nversion = "1"\n')
+    refused = run(checkout / "start-backend.sh", "--check")
+    assert refused.returncode == 1
+    assert "hash" in refused.stderr
+    shutil.rmtree(checkout / "package")
+    lock.write_text(before)
+    assert "Installing" in run(checkout / "start-backend.sh", "--check").stderr
 
 
 def test_two_starts_at_once_build_one_environment(checkout: Path) -> None:
@@ -286,14 +302,32 @@ def has_ended(process: subprocess.Popen[str], url: str, temporary: Path) -> bool
     return not list(temporary.iterdir())
 
 
-def test_the_demo_is_a_first_chat_for_who_pastes_its_lines(tmp_path: Path) -> None:
-    with demo(ROOT / "start-backend.sh", tmp_path) as (process, url, lines):
+@pytest.fixture
+def ready(tmp_path: Path) -> Path:
+    """A copy of this checkout whose environment counts as built."""
+    return Checkout(tmp_path / "a checkout", {}).path
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """Where a demo keeps its data."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("is_built", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_demo_is_a_first_chat_for_who_pastes_its_lines(ready: Path, temporary: Path, is_built: bool) -> None:
+    """In a new clone, it first installs what `requirements.lock` pins."""
+    if not is_built:
+        shutil.rmtree(ready / "venv")
+    with demo(ready / "start-backend.sh", temporary) as (process, url, lines):
         assert url in lines
         output = paste(lines)
         assert output.count("data: [DONE]") == 2
         assert output.count('"content":" stand-in:"') == 2
         process.send_signal(signal.SIGTERM)
-        assert has_ended(process, url, tmp_path)
+        assert has_ended(process, url, temporary)
         assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -301,7 +335,7 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
     """Neither the caller's environment nor a `.env` gets in; Ctrl-C, which goes to the whole group, ends it."""
     copy, temporary = tmp_path / "a copy", tmp_path / "temporary"
     temporary.mkdir()
-    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns(".venv", "__pycache__"))
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns(".venv*", "__pycache__"))
     for pattern in ("*.py", "[!tv]*/*.py", "start-*.sh", "requirements.*"):
         for file in ROOT.glob(pattern):
             (copy / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
@@ -323,9 +357,9 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["app:app", "tests.stand_in"])
-def test_a_demo_of_which_a_part_dies_ends_and_says_so(tmp_path: Path, part: str) -> None:
-    with demo(ROOT / "start-backend.sh", tmp_path) as (process, url, _):
+def test_a_demo_of_which_a_part_dies_ends_and_says_so(ready: Path, temporary: Path, part: str) -> None:
+    with demo(ready / "start-backend.sh", temporary) as (process, url, _):
         found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", part], capture_output=True, check=True)
         os.kill(int(found.stdout), signal.SIGKILL)
-        assert has_ended(process, url, tmp_path)
+        assert has_ended(process, url, temporary)
         assert process.returncode == 1

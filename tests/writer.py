@@ -13,15 +13,18 @@ import database
 import sql
 
 
-async def write(path: Path, name: str, acknowledged: Path) -> None:
+async def write(path: Path, name: str, acknowledged: Path, parent: int) -> None:
     """Adds users, four at once; the file says how many commits were acknowledged."""
     db = database.Database(path)
     db.open()
     with acknowledged.open("r+b") as file, mmap.mmap(file.fileno(), 8) as count:
         for number in itertools.count(step=4):
+            if os.getppid() != parent:  # the test is gone: nobody else would end this
+                break
             users = [f"{name}-{number + one}@example.com" for one in range(4)]
             await asyncio.gather(*(db.write(sql.insert_user, user, None, "h") for user in users))
             count[:] = (number + 4).to_bytes(8, "little")
+    db.close()
 
 
 def main() -> None:
@@ -29,9 +32,10 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: they leave no zombies
     for line in sys.stdin:
         path, name, acknowledged = line.rstrip("\n").split("\t")
-        pid = os.fork()
+        parent, pid = os.getpid(), os.fork()
         if pid == 0:
-            asyncio.run(write(Path(path), name, Path(acknowledged)))
+            asyncio.run(write(Path(path), name, Path(acknowledged), parent))
+            return
         sys.stdout.write(f"{pid}\n")
         sys.stdout.flush()
 

@@ -169,6 +169,7 @@ def test_kills_of_the_front_are_not_noticed(running: PM2, checkout: Checkout, ad
         for _ in range(20):
             pid, serving = checkout.front(), checkout.workers()
             os.kill(pid, signal.SIGKILL)
+            # mypy cannot infer the type of a lambda with a default.
             until(lambda old=serving: set(checkout.workers()) - set(old), 15, "its worker")  # type: ignore[misc]
             assert checkout.front() != pid
         assert ada.stop(session)
@@ -190,6 +191,7 @@ def test_kills_of_the_worker_refuse_nobody(running: PM2, checkout: Checkout, ada
                 os.kill(pid, signal.SIGKILL)
                 with pytest.raises(httpx.TransportError):
                     stream.read()
+            # mypy cannot infer the type of a lambda with a default.
             until(lambda pid=pid: set(checkout.workers()) - {pid}, 15, "the next worker")  # type: ignore[misc]
             until(lambda session=session: ada.reply(session, "interrupted"), 15, "the reply's end")  # type: ignore[misc]
     refused = {what: count for what, count in load.failures().items() if "Refused" in what}
