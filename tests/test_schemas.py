@@ -2,10 +2,13 @@
 
 import sqlite3
 from contextlib import closing
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import replies
 import sql
 
 SCHEMAS = sorted((Path(__file__).parent / "schemas").glob("v*.sql"), key=lambda path: int(path.stem[1:]))
@@ -57,3 +60,26 @@ def test_the_schema_of_an_adopted_database_is_the_same(tmp_path: Path) -> None:
     statements = [set(schema(tmp_path / name).split(";\n")) for name in ("old.db", "new.db")]
     old, new = ({line for line in lines if "orphaned" not in line} for lines in statements)
     assert old == new
+
+
+def test_the_statuses_are_the_same_everywhere(tmp_path: Path) -> None:
+    """The type, the table's CHECK, its trigger and the set of final statuses agree; each change of status is allowed
+    or refused as the life of a turn has it."""
+    statuses = set(get_args(sql.Status))
+    assert statuses - {"queued", "streaming"} == replies.FINAL
+    allowed = {("queued", "streaming"), ("queued", "stopped"), *(("streaming", final) for final in replies.FINAL)}
+    sql.migrate(tmp_path / "new.db")
+    with closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as conn:
+        insert = (
+            "INSERT INTO messages (session_id, role, content, status, created_at) VALUES (1, 'assistant', '', ?, '')"
+        )
+        with pytest.raises(sqlite3.IntegrityError):
+            conn.execute(insert, ("no such status",))
+        for old, new in product(statuses, statuses):
+            conn.execute("DELETE FROM messages")
+            conn.execute(insert, (old,))
+            if old == new or (old, new) in allowed:
+                conn.execute("UPDATE messages SET status = ?", (new,))
+            else:
+                with pytest.raises(sqlite3.IntegrityError):
+                    conn.execute("UPDATE messages SET status = ?", (new,))
