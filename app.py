@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 import auth
 import chat_handlers
+import checkout
 import database
 import errors
 import file_utils
@@ -97,13 +98,11 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
             turns.open()
             stack.push_async_callback(turns.close)
             app.state.turns = turns
-            checkout = health.read_checkout()
-            origin = health.Origin(checkout, checkout, time.monotonic())
+            code = checkout.read(CHECKOUT)
+            origin = health.Origin(code, code, time.monotonic())
             for watching in (_watch_gateway(openclaw), health.watch_checkout(origin)):
                 stack.callback(asyncio.create_task(watching).cancel)
-            log.info(
-                "clawd-backend %s of %s (%.7s) serves %s", health.VERSION, checkout.branch, checkout.commit, db.path
-            )
+            log.info("clawd-backend %s of %s (%.7s) serves %s", health.VERSION, code.branch, code.commit, db.path)
             yield State(
                 parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns, outbox),
                 identity=identity,

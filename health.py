@@ -3,16 +3,16 @@
 import asyncio
 import hmac
 import sqlite3
-import subprocess
 import time
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
+import checkout
 import clock
 import errors
 import sql
@@ -65,55 +65,25 @@ class Ready(BaseModel):
     gateway_version: str | None
 
 
-class Checkout(NamedTuple):
-    """What git says of the checkout, `unknown` where it says nothing."""
-
-    branch: str
-    commit: str
-
-
 @dataclass(slots=True)
 class Origin:
     """Which code runs, since when (seconds of the monotonic clock), and what the checkout holds by now."""
 
-    runs: Checkout
-    now: Checkout
+    runs: checkout.Checkout
+    now: checkout.Checkout
     started: float
 
     @property
-    def environment(self) -> Literal["production", "development"]:
-        """`main` is production, whatever else is development."""
-        return "production" if self.runs.branch == "main" else "development"
+    def environment(self) -> checkout.Kind:
+        """Which service this code is."""
+        return checkout.kind_of(self.runs.branch)
 
 
 async def watch_checkout(origin: Origin) -> None:
     """Keeps what health says of the checkout fresh."""
     while True:
         await asyncio.sleep(CHECK_CHECKOUT_EVERY)
-        origin.now = await asyncio.to_thread(read_checkout)
-
-
-def read_checkout() -> Checkout:
-    """The branch and commit that are checked out; a detached commit of `main` counts as `main`."""
-    commit, _, branch = _git("rev-parse", "HEAD", "--abbrev-ref", "HEAD").partition("\n")
-    mains = ("refs/heads/main", "refs/remotes/origin/main")
-    if branch == "HEAD" and any(_git("merge-base", "--is-ancestor", commit, main) == "" for main in mains):
-        branch = "main"
-    return Checkout(branch or "unknown", commit)
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(  # noqa: S603 - fixed words
-            ["git", "-C", str(CHECKOUT), *words],  # noqa: S607 - whichever git the operator has
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+        origin.now = await asyncio.to_thread(checkout.read, CHECKOUT)
 
 
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})

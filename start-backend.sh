@@ -6,7 +6,7 @@ usage() {
   cat <<END
 Usage: ./$NAME [--check | --prepare | --demo [--port N]]
 
-Starts the $KIND service on port $USUAL_PORT, from $BRANCHES only.
+Starts the $KIND service on port $USUAL_PORT. docs/operate.md lists the branches that it runs from.
 Settings come from the environment or from a file .env beside this script.
 
   --check     do everything but start: find Python, build venv/, check branch and port
@@ -66,28 +66,10 @@ find_python() {
   fail "Python 3.11 or newer is needed and was not found. Install it, or name it with PYTHON=/path/to/python3."
 }
 
+# The rule lives in checkout.py, which /health uses too.
 check_branch() {
-  local top branch here
-  if ! top=$(git rev-parse --show-toplevel 2>&1) || [[ $top != "$PWD" ]]; then
-    fail "$PWD is no git checkout, so its branch cannot be checked. Start from a git clone. ($top)" 3
-  fi
-  branch=$(git symbolic-ref --quiet --short HEAD) || branch=
-  case $KIND/$branch in
-    production/main | development/feature/?* | development/fix/?*) return ;;
-    development/development | development/development/?*) return ;;
-    production/) if is_of_main; then return; fi ;;
-  esac
-  here=${branch:-a detached commit that this does not cover}
-  fail "The $KIND service (port $USUAL_PORT) runs from $BRANCHES only, and $PWD is on $here.
-Give it a worktree of its own and start it there:
-  git worktree add ../$(basename "$PWD")-$EXAMPLE
-If there is no such branch yet, put -b before its name." 3
-}
-
-# A deployment may have checked out the commit, or the remote's branch, rather than `main` itself.
-is_of_main() {
-  git merge-base --is-ancestor HEAD refs/heads/main 2>/dev/null ||
-    git merge-base --is-ancestor HEAD refs/remotes/origin/main 2>/dev/null
+  local refused
+  refused=$("$PYTHON" checkout.py "$KIND") || fail "$refused" 3
 }
 
 # One line for what an environment is built with, one for what goes into it.
@@ -262,10 +244,9 @@ END
 }
 
 main() {
-  NAME=start-backend.sh KIND=production USUAL_PORT=8002 HOST=0.0.0.0 BRANCHES="branch main" EXAMPLE="production main"
+  NAME=start-backend.sh KIND=production USUAL_PORT=8002 HOST=0.0.0.0
   if [[ ${1:-} == --as-development ]]; then
-    NAME=start-backend-dev.sh KIND=development USUAL_PORT=8001 EXAMPLE="work feature/work"
-    BRANCHES="branches feature/*, fix/*, development and development/*"
+    NAME=start-backend-dev.sh KIND=development USUAL_PORT=8001
     shift
   fi
   read_options "$@"

@@ -4,10 +4,8 @@ ones, and the client in docs/api.md works."""
 import ast
 import os
 import re
-import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,6 @@ from pydantic import SecretStr
 import app
 import errors
 from settings import Settings
-
-from .proxy import IdleProxy
-from .service import Served
-from .stand_in import reply_text
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -155,38 +149,6 @@ def test_the_errors_table_names_a_codes_status(code: str) -> None:
     """It is the status with which the routes answer, and the row says what to do."""
     assert ERRORS.get(code) == described_statuses()[code]
     assert all(row[2] for row in table("docs/api.md", "code"))
-
-
-# --- the client ---------------------------------------------------------------------------------------
-
-
-def run_client(directory: Path, url: str, *texts: str) -> list[str]:
-    """Runs the JavaScript of docs/api.md against the service at `url`, with `texts` in place of its two messages.
-    Returns the lines that it prints."""
-    source = "\n".join(re.findall(r"^```js\n(.*?)^```$", text_of("docs/api.md"), re.MULTILINE | re.DOTALL))
-    replacements = {"http://127.0.0.1:8002": url, "Good morning. Who are you?": texts[0], "Tell me more.": texts[1]}
-    for old, new in replacements.items():
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    (directory / "client.mjs").write_text(source, encoding="utf-8")
-    done = subprocess.run(["node", "client.mjs"], cwd=directory, capture_output=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode().split("\n")
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node 20 or newer")
-def test_the_client_in_the_document_works(serve: Callable[..., Served], tmp_path: Path) -> None:
-    """It streams a reply through a proxy that cuts the connection at every pause, resumes it, gets it whole, and
-    stops the next one."""
-    text = "[[chunks=4 delay=0.5 seed=3]]"
-    served = serve(ping_seconds=15)
-    with IdleProxy(served.port, idle=0.3) as proxy:
-        printed = run_client(tmp_path, proxy.url, text, "[[chunks=100 delay=0.1]]")
-        assert proxy.connections > 4
-    whole = reply_text(text)
-    *reply, finish, stopped, end = printed
-    assert ("\n".join(reply), finish, end) == (whole, "stop", "")
-    assert re.fullmatch(r"stopped after \d+ characters", stopped)
 
 
 # --- files and commands -------------------------------------------------------------------------------

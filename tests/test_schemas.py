@@ -70,9 +70,7 @@ def test_the_statuses_are_the_same_everywhere(tmp_path: Path) -> None:
     allowed = {("queued", "streaming"), ("queued", "stopped"), *(("streaming", final) for final in replies.FINAL)}
     sql.migrate(tmp_path / "new.db")
     with closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as conn:
-        insert = (
-            "INSERT INTO messages (session_id, role, content, status, created_at) VALUES (1, 'assistant', '', ?, '')"
-        )
+        insert = "INSERT INTO messages (session_id, role, content, status, created_at) VALUES (1, 'user', '', ?, '')"
         with pytest.raises(sqlite3.IntegrityError):
             conn.execute(insert, ("no such status",))
         for old, new in product(statuses, statuses):

@@ -43,7 +43,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "tests" / ".gitkeep").touch()
     (directory / ".gitignore").write_text("venv/\n.env\n")
     (directory / "requirements.lock").write_text("# nothing\n")
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, "checkout.py"):
         shutil.copy(ROOT / script, directory)
     start = directory / "start-backend.sh"
     text = start.read_text()
@@ -121,12 +121,12 @@ def test_a_worktree_is_a_checkout_of_its_own(checkout: Path, tmp_path: Path) -> 
 
 
 def test_what_is_no_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, "checkout.py"):
         shutil.copy(checkout / script, tmp_path)
     for script in SCRIPTS:
         done = run(tmp_path / script, "--check")
         assert done.returncode == 3
-        assert f"{tmp_path} is no git checkout" in done.stderr
+        assert f"{tmp_path} is not a git checkout" in done.stderr
 
 
 def test_it_works_from_anywhere_and_through_a_link(checkout: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The service as real client programs meet it."""
