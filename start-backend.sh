@@ -173,7 +173,7 @@ demo() {
   trap end_demo EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
-  env -i PATH="$PATH" venv/bin/python -m tests.stand_in --demo --token "$DEMO_TOKEN" \
+  env -i PATH="$PATH" venv/bin/python demo.py --token "$DEMO_TOKEN" \
     --port-file "$DEMO_DIR/port" >&2 &
   DEMO_PIDS+=($!)
   wait_for $! "The stand-in gateway" test -s "$DEMO_DIR/port"

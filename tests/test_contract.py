@@ -26,11 +26,12 @@ from pydantic import SecretStr, ValidationError
 import errors
 import health
 import web
+from demo import USAGE
 from image_handler import ImageStore
 
 from .conftest import make_settings
 from .service import JSON, Person, Served, free_port, until
-from .stand_in import USAGE, Received, StandIn, reply_text
+from .stand_in import Received, StandIn, reply_text
 
 # --- shapes -------------------------------------------------------------------------------------------
 # A type, a pattern of a string, a dict with exactly these keys, a list of what its one item says, a tuple of

@@ -356,7 +356,7 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
     assert {path.name for path in copy.iterdir()} <= before
 
 
-@pytest.mark.parametrize("part", ["app:app", "tests.stand_in"])
+@pytest.mark.parametrize("part", ["app:app", "demo.py"])
 def test_a_demo_of_which_a_part_dies_ends_and_says_so(ready: Path, temporary: Path, part: str) -> None:
     with demo(ready / "start-backend.sh", temporary) as (process, url, _):
         found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", part], capture_output=True, check=True)
