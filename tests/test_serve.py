@@ -340,7 +340,7 @@ def test_a_port_of_a_stranger_is_said_with_its_holder(front: Start, checkout: Ch
     """The front ends for good and names the process that holds the port."""
     with socket.create_server(("127.0.0.1", checkout.port)):
         assert front().wait(15) == 4
-    assert f"Port {checkout.port} cannot be had: address already in use, by process {os.getpid()}" in output(checkout)
+    assert f"Port {checkout.port} is already in use by process {os.getpid()}." in output(checkout)
 
 
 def test_a_directory_of_somebody_else_is_said(front: Start, checkout: Checkout) -> None:
