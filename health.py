@@ -18,7 +18,7 @@ import errors
 import sql
 import telemetry
 from settings import CHECKOUT, Settings
-from web import OpenParts
+from web import OpenParts, Parts
 
 router = APIRouter(tags=["health"])
 
@@ -35,6 +35,8 @@ SPEAKS_FOR_OTHERS = frozenset({"forwarded", "x-real-ip", "via", "origin"})
 
 class DatabaseHealth(BaseModel):
     ok: bool
+    detail: str = Field(description="Why the database cannot be used; empty if it can.")
+    oldest_write_seconds: float = Field(description="How long the oldest write has been waiting for its commit.")
     sqlite: str = Field(description="SQLite's version.")
 
 
@@ -88,16 +90,12 @@ async def watch_checkout(origin: Origin) -> None:
 
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})
 async def read_health(request: Request, parts: OpenParts) -> Any:
-    """How the service is, at once, whatever the gateway does; 503 where the database cannot be used."""
+    """How the service is, at once, whatever the gateway does; 503 where the database cannot be read and written."""
     origin: Origin = request.state.origin
-    try:
-        parts.db.read(sql.check)
-        works = True
-    except errors.Unavailable:
-        works = False
+    database = await _database_health(parts)
     state = parts.openclaw.state
     health = Health(
-        status="ok" if works else "error",
+        status="ok" if database.ok else "error",
         version=VERSION,
         environment=origin.environment,
         branch=origin.runs.branch,
@@ -106,12 +104,26 @@ async def read_health(request: Request, parts: OpenParts) -> Any:
         stale=origin.now != origin.runs,
         failed_start=request.app.state.failed_start,
         uptime_seconds=round(time.monotonic() - origin.started, 3),
-        database=DatabaseHealth(ok=works, sqlite=sqlite3.sqlite_version),
+        database=database,
         gateway=GatewayHealth(
             url=parts.openclaw.url, ok=state.ok, checked_at=_iso(state.checked_at), detail=state.detail
         ),
     )
-    return health if works else JSONResponse(health.model_dump(), 503, {"Retry-After": "5"})
+    return health if database.ok else JSONResponse(health.model_dump(), 503, {"Retry-After": "5"})
+
+
+async def _database_health(parts: Parts) -> DatabaseHealth:
+    try:
+        parts.db.read(sql.check)
+        detail = await parts.db.trouble()
+    except errors.Unavailable:
+        detail = "The database cannot be read; the log contains the error."
+    return DatabaseHealth(
+        ok=not detail,
+        detail=detail,
+        oldest_write_seconds=round(parts.db.waited(), 3),
+        sqlite=sqlite3.sqlite_version,
+    )
 
 
 def _iso(seconds: float) -> str | None:
@@ -120,9 +132,13 @@ def _iso(seconds: float) -> str | None:
 
 @router.get("/health/ready", response_model=Ready, openapi_extra=errors.raises("not_ready"))
 async def read_ready(parts: OpenParts) -> Ready:
-    """Whether a turn can be taken now: 503 while the gateway cannot, or this process ends."""
+    """Whether a turn can be taken now: 503 while the database cannot be written, the gateway cannot take a turn, or
+    this process ends."""
     if parts.turns.draining:
         raise errors.Unavailable("This process is ending; another one takes over.", code="not_ready", retry_after=1)
+    database = await _database_health(parts)
+    if not database.ok:
+        raise errors.Unavailable(database.detail, code="not_ready", retry_after=5)
     state = await parts.openclaw.check(max_age=1)
     if not state.ok:
         raise errors.Unavailable(state.detail, code="not_ready", retry_after=5)

@@ -31,7 +31,7 @@ from .projects import (
     update_project,
     update_project_path,
 )
-from .schema import MAX_ID, MIGRATIONS, REFERRING, Findings, check, examine, migrate, schema_version
+from .schema import MAX_ID, MIGRATIONS, REFERRING, Findings, check, examine, migrate, rewrite_version, schema_version
 from .sessions import (
     Session,
     check_chat_session,
@@ -124,6 +124,7 @@ __all__ = [
     "postpone_outbox_job",
     "release_waiting",
     "request_stop",
+    "rewrite_version",
     "schema_version",
     "select_all_images",
     "select_claimable",

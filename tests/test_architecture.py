@@ -28,7 +28,7 @@ LAYERS = (
     ("replies", "outbox"),
     ("database",),
     ("sql", "gateway", "image_handler"),
-    ("errors", "settings", "file_utils", "telemetry", "clock", "background", "checkout"),
+    ("locks", "errors", "settings", "file_utils", "telemetry", "clock", "background", "checkout"),
 )
 NOUNS = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
