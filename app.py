@@ -26,6 +26,7 @@ import telemetry
 import web
 from outbox import Outbox
 from replies import FINAL
+from runs import Runs
 from settings import CHECKOUT, Settings, load_settings
 from turns import Turns
 from web import Parts
@@ -94,7 +95,8 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
             identity.open(secret)
             stack.callback(identity.close)
             outbox = Outbox(db, openclaw, images, settings.projects)
-            turns = Turns(db, openclaw, images, settings, outbox, metrics)
+            runs = Runs(db, openclaw, images, metrics)
+            turns = Turns(db, runs, images, outbox, metrics, settings.drain_seconds)
             turns.open()
             stack.push_async_callback(turns.close)
             app.state.turns = turns

@@ -33,6 +33,12 @@ class Tasks:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
+    async def cancel(self) -> None:
+        """Cancels the tasks that still run, and waits until they have ended."""
+        for task in self._tasks:
+            task.cancel()
+        await self.wait()
+
 
 _completing = Tasks()
 

@@ -18,7 +18,7 @@ import image_handler
 import sql
 import telemetry
 from auth import CurrentUser
-from replies import LiveReply
+from replies import LiveReply, finish_reason
 from turns import Said
 from web import Body, Id, OpenParts, Parts
 
@@ -27,7 +27,11 @@ log = logging.getLogger("clawd.chat")
 FIRST_BYTE = 0.5  # seconds that a stream waits for text before it begins; docs/api.md promises at most 1
 FRAME = 64 * 1024  # maximum characters of a frame, so that a slow reader receives small pieces
 SMALL_PAGE = 100  # messages; a larger page is read and rendered on a thread, so as not to block the event loop
-FINISH_REASONS = {"complete": "stop", "empty": "stop", "failed": "error"}
+
+FINISH_REASON = (
+    "Why a reply ended: `stop`; `length` or `content_filter` if the model's own limit or filter ended it; `stopped`, "
+    "`interrupted` or `error`. Null while it is not final, and for a user's message."
+)
 
 router = APIRouter()
 
@@ -67,6 +71,7 @@ class ChatOut(BaseModel):
     role: Literal["assistant"]
     content: str
     status: sql.Status
+    finish_reason: str | None = Field(description=FINISH_REASON)
     usage: Usage | None
     created_at: str
 
@@ -80,6 +85,7 @@ class MessageOut(BaseModel):
     )
     images: list[str] = Field(description="Signed URLs of all images of the message. The first one equals `image`.")
     status: sql.Status
+    finish_reason: str | None = Field(description=FINISH_REASON)
     error: Failure | None
     usage: Usage | None
     created_at: str
@@ -108,7 +114,7 @@ def last_frames(reply: LiveReply) -> bytes:
     frame: dict[str, object] = {"id": str(reply.id), "object": "chat.completion.chunk"}
     if reply.error is not None:
         frame["error"] = reply.error
-    reason = FINISH_REASONS.get(reply.status, reply.status)
+    reason = finish_reason(reply.status, reply.finish_reason)
     frame["choices"] = [{"index": 0, "delta": {"content": ""}, "finish_reason": reason}]
     frame["usage"] = reply.usage
     return f"id: {reply.length}\ndata: {json.dumps(frame)}\n\ndata: [DONE]\n\n".encode()
@@ -230,6 +236,7 @@ async def chat(
         role="assistant",
         content=reply.text(),
         status=reply.status,
+        finish_reason=finish_reason(reply.status, reply.finish_reason),
         usage=Usage.model_validate(reply.usage) if reply.usage else None,
         created_at=reply.created_at,
     )
@@ -352,6 +359,9 @@ def _render(
         page.append(
             {
                 **message._asdict(),
+                "finish_reason": finish_reason(message.status, message.finish_reason)
+                if message.role == "assistant"
+                else None,
                 "image": urls[0] if urls else None,
                 "images": urls,
             }
@@ -386,7 +396,7 @@ async def resume_stream(
         raise errors.Invalid("Last-Event-ID must be a number: the `id` of the last frame that arrived completely.")
     after = int(last_event_id) if last_event_id is not None else start
     parts.db.read(sql.select_owned_message, user.id, session_id, message_id)
-    reply = parts.turns.reply(message_id)
+    reply = await parts.turns.replies.get(message_id)
     if reply is None:
         raise errors.NotFound("This message is not a reply. Only replies can be streamed.", code="message_not_found")
     return ReplyStream(reply, after, parts.settings.ping_seconds)

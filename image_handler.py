@@ -132,6 +132,27 @@ class ImageStore:
             file_utils.move(one.path, self._root / file)
         return files
 
+    def save(self, session_key: str, images: Sequence[Image]) -> list[str]:
+        """Stages and publishes images; returns their names. Raises errors.Unavailable."""
+        staged = self.stage(images)
+        try:
+            return self.publish(session_key, staged)
+        finally:
+            for one in staged:
+                one.discard()
+
+    def exist(self, files: Sequence[str]) -> bool:
+        """Returns True if all of these published images are on disk."""
+        return all((self._root / file).exists() for file in files)
+
+    def remove(self, files: Sequence[str]) -> None:
+        """Removes published images, and their session's folder if nothing else is in it."""
+        for file in files:
+            path = self._root / file
+            file_utils.remove_tree(path)
+            with suppress(OSError):  # other images are in it, or it is gone
+                path.parent.rmdir()
+
     def adopt(self, session_key: str, source: str) -> tuple[str, bool] | None:
         """Makes a file of a picture of old; its name, and whether it has every byte of it. None for what is no
         picture that is taken. Raises errors.Unavailable."""

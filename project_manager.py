@@ -142,14 +142,15 @@ async def _new_folder(parts: Parts, name: str, description: str | None) -> Async
     """
     stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     folder = parts.settings.projects / f"{file_utils.slug(name)}_{stamp}"
-    # The job is stored before the folder exists: if this process dies here, another worker removes the folder.
-    job = await parts.db.write(sql.insert_outbox_job, "folder", str(folder), parts.turns.owner)
-    try:
-        await asyncio.to_thread(_make_folder, folder, name, description)
-        yield str(folder), job
-    except Exception:
-        await parts.outbox.run([job])
-        raise
+    with parts.outbox.holding(str(folder)):
+        # The job is stored before the folder exists: if this process dies here, another worker removes the folder.
+        job = await parts.db.write(sql.insert_outbox_job, "folder", str(folder), parts.turns.owner)
+        try:
+            await asyncio.to_thread(_make_folder, folder, name, description)
+            yield str(folder), job
+        except Exception:
+            await parts.outbox.run([job])
+            raise
 
 
 def _make_folder(folder: Path, name: str, description: str | None) -> None:

@@ -16,6 +16,7 @@ import errors
 
 from .adoption import LEGACY, AdoptionContext, adopt, count
 from .users import email_key
+from .versions import store_replies_in_pieces
 
 log = logging.getLogger("clawd.database")
 
@@ -25,12 +26,12 @@ MAX_ID = 2**63 - 1  # SQLite's largest integer; Python's sqlite3 raises Overflow
 
 # Append only. Each migration runs in one transaction, which also sets `user_version`. After version 1, a migration
 # may only add to the schema, because during a restart an old worker may still be serving on it.
-MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt,)
+MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt, store_replies_in_pieces)
 
 
 # Our tables that have foreign keys. Tables of other programs in the same file are not checked: a broken reference
 # in one of them must not prevent the start.
-REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
+REFERRING = ("projects", "sessions", "messages", "message_images", "turns", "reply_pieces")
 
 
 def migrate(path: Path, context: AdoptionContext | None = None) -> None:
@@ -123,7 +124,8 @@ def _apply(
     conn.execute("BEGIN IMMEDIATE")
     try:
         migration(conn, context)
-        for table in REFERRING:
+        existing = {row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for table in existing.intersection(REFERRING):
             if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
                 raise sqlite3.IntegrityError(f"a row of {table} references a row that does not exist")
         conn.execute(f"PRAGMA user_version={version:d}")

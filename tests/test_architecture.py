@@ -25,6 +25,7 @@ LAYERS = (
     ("auth",),
     ("web",),
     ("turns",),
+    ("runs",),
     ("replies", "outbox"),
     ("database",),
     ("sql", "gateway", "image_handler"),

@@ -68,6 +68,7 @@ SESSION = {
 TOKENS_USED = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int}
 FAILURE = {"code": str, "message": str, "retryable": bool}
 LINK = re.compile(r"https?://[^/]+/images/\d+\.(jpg|png|gif|webp)\?expires=\d+&signature=[0-9a-f]+")
+FINISH_REASON = ("stop", "length", "content_filter", "stopped", "interrupted", "error", None)
 MESSAGE = {
     "id": int,
     "role": ("user", "assistant"),
@@ -75,6 +76,7 @@ MESSAGE = {
     "image": (LINK, None),
     "images": [LINK],  # an addition to the contract: all of them
     "status": ("queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty"),
+    "finish_reason": FINISH_REASON,
     "error": (FAILURE, None),
     "usage": (TOKENS_USED, None),
     "created_at": TIME,
@@ -84,6 +86,7 @@ REPLY = {
     "role": "assistant",
     "content": str,
     "status": ("complete", "empty", "stopped"),
+    "finish_reason": FINISH_REASON,
     "usage": (TOKENS_USED, None),
     "created_at": TIME,
 }

@@ -171,18 +171,18 @@ def test_only_a_running_reply_changes(conn: Connection) -> None:
     begun = begin(conn)
     for message_id in (begun.message_id, begin(conn).reply_id):
         with pytest.raises(sqlite3.IntegrityError, match="only a running reply"):
-            conn.execute("UPDATE messages SET content = 'x' WHERE id = ?", (message_id,))
+            conn.execute("UPDATE messages SET content = 'longer than before' WHERE id = ?", (message_id,))
     conn.execute("UPDATE messages SET content = 'x' WHERE id = ?", (begun.reply_id,))
 
 
 def test_what_is_not_ours_is_not_written(conn: Connection) -> None:
     """A worker that lost a turn can neither store its text nor end it."""
     begun = begin(conn, owner="another")
-    assert sql.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
-    assert not sql.finish_turn(conn, begun.reply_id, "me", sql.Ending("complete", "text", None, None, None))
+    assert sql.append_text(conn, "me", begun.reply_id, 0, "text") is None
+    assert not sql.finish_turn(conn, begun.reply_id, "me", sql.Ending("complete", "text", None, None, None, None))
     reply = sql.select_reply(conn, begun.reply_id)
     assert reply is not None
-    assert (reply.status, reply.content) == ("streaming", "")
+    assert (reply.status, sql.read_text(conn, reply.id)) == ("streaming", [])
 
 
 # --- leases -------------------------------------------------------------------------------------------

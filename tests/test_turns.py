@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+import sql
+
 from .proxy import IdleProxy
 from .service import JSON, Answer, Person, Served, Service, Stream, until
 from .stand_in import StandIn, reply_text
@@ -181,7 +183,7 @@ def test_frames_are_stored_within_a_quarter_second(tmp_path: Path, pair: tuple[S
 
 
 def _stored(conn: sqlite3.Connection, message_id: int) -> int:
-    return len(conn.execute("SELECT content FROM messages WHERE id = ?", (message_id,)).fetchone()[0])
+    return len("".join(sql.read_text(conn, message_id)))
 
 
 # --- order --------------------------------------------------------------------------------------------

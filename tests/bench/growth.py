@@ -55,7 +55,7 @@ async def begin_and_end(db: Database) -> float:
     started = time.perf_counter()
     begun = await db.write(sql.begin_turn, sql.NewTurn(1, "key-1", "Hello", "Hello", "digest", None, "me"))
     took = time.perf_counter() - started
-    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None))
+    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None, None))
     return took
 
 
@@ -63,9 +63,9 @@ async def store_text(db: Database) -> float:
     """The seconds that storing the text of a running reply takes."""
     begun = await db.write(sql.begin_turn, sql.NewTurn(1, "key-2", "Hello", "Hello", "digest", None, "me"))
     started = time.perf_counter()
-    await db.write(sql.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
+    await db.write(sql.append_text, "me", begun.reply_id, 0, "so far " * 100, "run")
     took = time.perf_counter() - started
-    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None))
+    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None, None))
     return took
 
 
