@@ -193,7 +193,7 @@ def test_a_suspended_service_prevents_a_restore(
 
 
 def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A starting service waits for the lock before it takes its lease and opens the file; then it prevents a restore."""
+    """A starting service waits for the lock, then takes its lease and opens the file, and then prevents a restore."""
     make(live, "a@example.com")
     backup = make(live.parent / "b", "b@example.com")
     workers, db = Path(f"{live}.workers"), Database(live)
