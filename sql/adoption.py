@@ -61,7 +61,7 @@ def _time(column: str) -> str:
     """Returns SQL that converts a legacy time to ISO 8601 in UTC, or to NULL if it is not a time.
 
     A legacy time is text, in UTC or with an offset, or a number of Unix seconds or milliseconds. The pattern excludes
-    text such as `now` and `12:30`, which SQLite also accepts although it names no date.
+    text such as `now` and `12:30`, which SQLite also accepts although it names no fixed instant.
     """
     seconds = f"CASE WHEN {column} BETWEEN -100000000000 AND 100000000000 THEN {column} ELSE {column} / 1000.0 END"
     form = "'%Y-%m-%dT%H:%M:%fZ'"
