@@ -1,6 +1,7 @@
 """The table `outbox`: jobs for the work outside the database that a delete requires.
 
-A job whose `owner` is NULL is unowned: any worker may claim it once `due_at` has passed.
+Creating a project folder stores a job too, which removes the folder if no row of the project follows. A job whose
+`owner` is NULL is unowned: any worker may claim it once `due_at` has passed.
 """
 
 import time

@@ -50,11 +50,11 @@ def migrate(path: Path, context: AdoptionContext | None = None) -> None:
                     f"{len(MIGRATIONS)}. Start the newer code, or restore a backup with an older schema.",
                     code="database_unavailable",
                 )
-            exists = version < len(MIGRATIONS) and count(conn, "sqlite_master") > 0
-            if exists:
+            outdated = version < len(MIGRATIONS) and count(conn, "sqlite_master") > 0
+            if outdated:
                 _check_integrity(conn, path)
         if version < len(MIGRATIONS):
-            _migrate_from(path, version, exists, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
+            _migrate_from(path, version, outdated, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             message = f"Cannot open {path} as a database: {error}. {_RESTORE}"
@@ -76,10 +76,10 @@ def _connect_without_changes(path: Path) -> Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
-def _migrate_from(path: Path, version: int, exists: bool, context: AdoptionContext) -> None:
+def _migrate_from(path: Path, version: int, outdated: bool, context: AdoptionContext) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.create_function("email_key", 1, email_key, deterministic=True)
-        if exists:
+        if outdated:
             _copy_database(conn, path, version)
         conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for this connection only
         conn.execute("PRAGMA legacy_alter_table=ON")  # otherwise a view on a legacy table makes its rename fail

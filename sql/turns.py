@@ -39,7 +39,7 @@ class Turn(NamedTuple):
 class NewTurn(NamedTuple):
     """The input of `begin_turn`. `digest` is a hash of the message's text and images, `label` a name for the session.
 
-    The session gets the label if it has none.
+    The session gets the label if it has none. `owner` is the worker that begins the turn.
     """
 
     user_id: int
@@ -139,7 +139,7 @@ def _count_live(conn: Connection, session_id: int) -> int:
     ).fetchone()[0]
     if waiting >= WAITING_TURNS:
         raise errors.TooMany(
-            f"{WAITING_TURNS} messages already wait in this session. Wait for a reply, or stop the session.",
+            f"{WAITING_TURNS} messages are already waiting in this session. Wait for a reply, or stop the session.",
             code="session_busy",
             retry_after=5,
         )
