@@ -113,7 +113,7 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
                 origin=origin,
                 metrics=metrics,
             )
-            log.info("clawd-backend is stopping")
+            log.info("stopping clawd-backend")
 
     return lifespan
 
