@@ -31,7 +31,7 @@ from web import Body, OpenParts
 T = TypeVar("T")
 
 ISSUER = "clawd-backend"
-MAX_PENDING_HASHES = 64  # password checks that may wait for the one hashing thread; each takes about 20 ms
+MAX_PENDING_HASHES = 64  # hashes that may be computed or wait for the one thread; each takes about 20 ms
 FAILURES_BY_CALLER = RateLimitItemPerMinute(10, 5)  # wrong passwords from one IP address for one account, per 5 minutes
 FAILURES_BY_ACCOUNT = RateLimitItemPerMinute(100, 5)  # wrong passwords from all addresses for one account
 
@@ -258,7 +258,9 @@ async def _identity(request: Request) -> Identity:
 
 
 OpenIdentity = Annotated[Identity, Depends(_identity)]
-_bearer = HTTPBearer(auto_error=False, description="The `access_token` that sign-up, login or a new password returned.")
+_bearer = HTTPBearer(
+    auto_error=False, description="The `access_token` that a sign-up, login or password change returned."
+)
 
 
 async def _caller(

@@ -45,7 +45,7 @@ class Unauthorized(AppError):
 
 
 class Forbidden(AppError):
-    """The request is not allowed, whoever sends it with these values."""
+    """The configuration of the service does not allow the request."""
 
     code = "forbidden"
 
@@ -112,7 +112,7 @@ class GatewayUnavailable(GatewayError):
 
 
 class GatewayTimeout(GatewayError):
-    """The gateway sent nothing for `CLAWDBOT_TIMEOUT` seconds."""
+    """The gateway sent nothing within the time limit, which for a reply is `CLAWDBOT_TIMEOUT`."""
 
     code = "gateway_timeout"
 

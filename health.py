@@ -40,7 +40,7 @@ class DatabaseHealth(BaseModel):
 
 class GatewayHealth(BaseModel):
     url: str
-    ok: bool = Field(description="Whether the gateway could take a turn at the last check.")
+    ok: bool = Field(description="True if the gateway could take a turn at the last check.")
     checked_at: str | None = Field(description="Time of the last check, ISO 8601 in UTC; null before the first one.")
     detail: str = Field(description="Result of the last check: what is wrong and how to fix it, if anything is.")
 
@@ -127,7 +127,9 @@ async def read_ready(parts: OpenParts) -> Ready:
     `detail` states the cause and the fix. Checks the gateway if its last check is older than one second."""
     if parts.turns.draining:
         raise errors.Unavailable(
-            "This process is stopping. Retry: its replacement answers if there is one.", code="not_ready", retry_after=1
+            "This process is stopping. Retry in a second: after a restart, the new process answers.",
+            code="not_ready",
+            retry_after=1,
         )
     state = await parts.openclaw.check(max_age=1)
     if not state.ok:

@@ -97,7 +97,7 @@ class Settings(BaseSettings):
 
     @property
     def secrets(self) -> list[str]:
-        """The values that the log replaces wherever they occur in a line."""
+        """The values that must not appear in the log, which `telemetry` replaces there."""
         kept = (self.clawdbot_token, self.jwt_secret, self.signup, self.metrics_token)
         return [secret.get_secret_value() for secret in kept if secret is not None]
 

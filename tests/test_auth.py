@@ -519,9 +519,7 @@ def test_a_given_secret_is_not_written_down(serve: Serve) -> None:
     assert me(serve(jwt_secret=SecretStr("another secret of the tests, long too")), ada.token).status_code == 401
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # the failed start ends the server's thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the server's thread fails
 @pytest.mark.parametrize("content", [b"", b"short\n"])
 def test_a_spoilt_secret_is_not_signed_with(tmp_path: Path, openclaw: StandIn, content: bytes) -> None:
     """An empty or short `secret.key` stops the start, because it could be guessed and tokens forged with it."""
