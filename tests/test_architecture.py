@@ -232,7 +232,7 @@ def test_a_package_has_one_owner(package: str) -> None:
 
 
 def test_errors_is_the_ground() -> None:
-    """`errors` imports nothing of ours and contains no HTTP status: the map in `web` has those."""
+    """`errors` imports no other room and contains no HTTP status: the map in `web` has those."""
     assert not imported("errors") - sys.stdlib_module_names
     numbers = [
         node

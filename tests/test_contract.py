@@ -1159,7 +1159,7 @@ def test_a_project_of_old_gets_a_folder_with_its_first_file(ada: Person, served:
     assert names == ["0.txt", "1.txt", "2.txt", "3.txt", "README.md"]
     folder = Path(ada.http.get(f"/projects/{project['id']}").json()["project_path"])
     others = set(served.settings.projects.glob("Of_old*")) - {folder, Path(project["project_path"])}
-    assert not others, "what two requests at once made beside it is gone"
+    assert not others, "a folder is left that simultaneous requests created in addition"
 
 
 def test_a_session_is_what_it_was_asked_to_be(ada: Person) -> None:
@@ -1812,7 +1812,7 @@ def test_a_running_reply_has_any_number_of_readers(ada: Person) -> None:
         reply_id = int(response.headers["X-Message-Id"])
         with ada.resume(session, reply_id) as whole, ada.resume(session, reply_id, 4) as rest:
             assert whole.read(to_first_text=True).text
-            assert ada.reply(session, "streaming"), "they read while it runs"
+            assert ada.reply(session, "streaming"), "the reply ended too early for this test"
             assert whole.read().text == reply_text(text)
             assert rest.read().text == reply_text(text)[4:]
         assert stream.read().text == reply_text(text)

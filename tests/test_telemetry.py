@@ -120,7 +120,7 @@ def test_a_line_says_what_is_known(form: telemetry.Form, log: Log, ours: logging
     """Each line has time, level, logger and message; request, user, session and turn are in it if they are known."""
     log.start(form)
 
-    def tell() -> JSON:
+    def logged() -> JSON:
         ours.warning("%d things", 3)
         line = parsed(log.lines()[-1])
         when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z" if form == "json" else r"[\d: -]{19},\d{3}"
@@ -129,21 +129,24 @@ def test_a_line_says_what_is_known(form: telemetry.Form, log: Log, ours: logging
 
     def story() -> None:
         usual = {"level": "WARNING", "logger": "clawd.tests", "message": "3 things"}
-        assert tell() == usual
+        assert logged() == usual
         telemetry.begin_request("abc")
-        assert tell() == usual | {"request_id": "abc"}
+        assert logged() == usual | {"request_id": "abc"}
         telemetry.note(user_id=7)
         telemetry.note(session_id=12, turn_id=345)
         known = {"request_id": "abc", "user_id": 7, "session_id": 12, "turn_id": 345}
-        assert tell() == usual | known
-        assert telemetry.turn_context(13, 346, asked_here=True).run(tell) == usual | known | {
+        assert logged() == usual | known
+        assert telemetry.turn_context(13, 346, asked_here=True).run(logged) == usual | known | {
             "session_id": 13,
             "turn_id": 346,
         }
-        assert telemetry.turn_context(13, 346, asked_here=False).run(tell) == usual | {"session_id": 13, "turn_id": 346}
-        assert tell() == usual | known
+        assert telemetry.turn_context(13, 346, asked_here=False).run(logged) == usual | {
+            "session_id": 13,
+            "turn_id": 346,
+        }
+        assert logged() == usual | known
         telemetry.begin_request("next")
-        assert tell() == usual | {"request_id": "next"}
+        assert logged() == usual | {"request_id": "next"}
 
     copy_context().run(story)
 
@@ -460,10 +463,10 @@ def test_a_turn_that_waited_has_no_request(story: Story) -> None:
 def test_a_requests_line_says_whose_it_is(story: Story, request_id: str, known: set[str]) -> None:
     """The line of a request, also of a failed one, names user, session and turn if they are known."""
     (line,) = [line for line in story.about(request_id=request_id) if line["logger"] == "clawd.app"]
-    told = {name: line[name] for name in ("user_id", "session_id", "turn_id") if name in line}
-    assert set(told) == known
-    assert told.get("user_id", story.user_id) == story.user_id
-    assert told.get("session_id", story.session["id"]) == story.session["id"]
+    found = {name: line[name] for name in ("user_id", "session_id", "turn_id") if name in line}
+    assert set(found) == known
+    assert found.get("user_id", story.user_id) == story.user_id
+    assert found.get("session_id", story.session["id"]) == story.session["id"]
 
 
 def test_uvicorn_says_once_that_it_serves(story: Story) -> None:
@@ -496,10 +499,10 @@ def test_a_failure_of_the_database_says_whose_it_was(served: Served, ada: Person
     read = ada.http.get(f"/sessions/{session['id']}/messages", headers={"X-Request-ID": "read"})
     assert (written.status_code, read.status_code) == (503, 503)
     failures = [line for line in map(json.loads, log.lines()) if line["message"] == "the database failed"]
-    told = {line.get("request_id"): (line.get("user_id"), line.get("session_id")) for line in failures}
+    ids = {line.get("request_id"): (line.get("user_id"), line.get("session_id")) for line in failures}
     user_id = ada.http.get("/auth/me").json()["id"]
-    assert told["written"] == (user_id, None)
-    assert told["read"] == (user_id, session["id"])
+    assert ids["written"] == (user_id, None)
+    assert ids["read"] == (user_id, session["id"])
 
 
 def test_a_commit_that_fails_says_whose_it_was(tmp_path: Path, log: Log) -> None:
@@ -687,9 +690,9 @@ def test_writes_are_counted_and_timed(served: Served, ada: Person) -> None:
 def test_metrics_say_which_code_runs(served: Served) -> None:
     """The version, branch and commit are those of `/health`, and the process's own metrics are included."""
     health = httpx.get(f"{served.url}/health", trust_env=False).json()
-    told = ",".join(f'{name}="{health[name]}"' for name in ("branch", "commit", "version"))
+    labels = ",".join(f'{name}="{health[name]}"' for name in ("branch", "commit", "version"))
     now = figures(served)
-    assert now[f"clawd_build_info{{{told}}}"] == 1
+    assert now[f"clawd_build_info{{{labels}}}"] == 1
     assert now["process_resident_memory_bytes"] > 1e6
 
 
