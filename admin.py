@@ -1,4 +1,4 @@
-"""The operator's command line: `python database.py backup|restore|check|claim`."""
+"""The command line for operators: `python database.py backup|restore|check|claim`."""
 
 import argparse
 import sqlite3
@@ -15,35 +15,35 @@ from backup import (
     IN_USE,
     CommandError,
     backup,
-    beside,
     check,
     exit_status,
-    reading,
+    open_to_read,
+    print_stderr,
+    print_stdout,
     restore,
-    say,
-    tell,
+    suffixed,
 )
 from database import FileLock, connect
 from settings import Settings, load_settings
 
 _EXIT_STATUSES = """exit status:
   0  done
-  1  a check failed, or a file is damaged or no database of this service
+  1  a check failed, or a file is damaged or not a database of this service
   2  wrong arguments or settings
   3  refused, because a service or another program uses the database
-  4  a problem with a file: it exists already, is not there, cannot be written, the disk is full
+  4  a problem with a file: it already exists, does not exist, cannot be written, or the disk is full
 """
 
 
 def _claim(settings: Settings, given: argparse.Namespace) -> None:
-    """Gives the projects of an account that nobody can sign into to somebody."""
-    with reading(settings.db_path) as conn:
+    """Runs `sql.claim_projects` in a transaction. Raises CommandError."""
+    with open_to_read(settings.db_path) as conn:
         version = sql.schema_version(conn)
     if version != len(sql.MIGRATIONS):
-        start = "Start the service of this code once: it brings the database up to date."
-        raise CommandError(FILE_PROBLEM, f"{settings.db_path} has schema version {version}. {start}")
+        advice = f"This command needs version {len(sql.MIGRATIONS)}. Start the service once to migrate the database."
+        raise CommandError(FILE_PROBLEM, f"{settings.db_path} has schema version {version}. {advice}")
     with ExitStack() as stack:
-        stack.enter_context(stack.enter_context(closing(FileLock(beside(settings.db_path, ".lock")))))
+        stack.enter_context(stack.enter_context(closing(FileLock(suffixed(settings.db_path, ".lock")))))
         conn = stack.enter_context(closing(connect(settings.db_path, read_only=False)))
         conn.execute("BEGIN IMMEDIATE")
         try:
@@ -51,12 +51,12 @@ def _claim(settings: Settings, given: argparse.Namespace) -> None:
         except errors.Invalid as error:
             raise CommandError(2, error.message) from error
         conn.execute("COMMIT")
-    say(f"{count} projects of user {given.from_user} belong to {given.to} now")
+    print_stdout(f"{count} projects of user {given.from_user} now belong to {given.to}")
 
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    about = "Backs up, restores and checks the database of clawd-backend, and claims what nobody can sign in for."
+    about = "Backs up, restores and checks the database of clawd-backend, and claims projects of legacy accounts."
     parser = argparse.ArgumentParser("database.py", description=about, epilog=_EXIT_STATUSES, formatter_class=formatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -64,32 +64,33 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=does, description=does, epilog=_EXIT_STATUSES, formatter_class=formatter
         )
-        command.add_argument("--database", type=Path, metavar="PATH", help="the database, in place of DB_PATH")
+        command.add_argument("--database", type=Path, metavar="PATH", help="use this database instead of DB_PATH")
         command.set_defaults(run=run)
         return command.add_argument
 
-    add("backup", backup, "Copies the database to FILE, while the service runs or not.")(
+    add("backup", backup, "Copies the database to FILE. The service may be running.")("file", metavar="FILE", type=Path)
+    add("restore", restore, "Replaces the database by the backup FILE. Stop the service first.")(
         "file", metavar="FILE", type=Path
     )
-    add("restore", restore, "Puts FILE in the database's place; the service must have ended.")(
-        "file", metavar="FILE", type=Path
-    )
-    add("check", check, "Checks the database, while the service runs or not.")
+    add("check", check, "Checks the database, and that every image exists. The service may be running.")
     claim = add("claim", _claim, "Gives the projects of an account without e-mail or password to another account.")
-    claim("--from-user", type=int, required=True, metavar="ID", help="the account that nobody can sign into")
-    claim("--to", required=True, metavar="EMAIL", help="the account that gets them")
+    claim("--from-user", type=int, required=True, metavar="ID", help="id of the account without e-mail or password")
+    claim("--to", required=True, metavar="EMAIL", help="e-mail of the account that gets the projects")
     return parser
 
 
 _ADVICE = {
-    DAMAGED: "The database is damaged, or none: restore a backup.",
-    IN_USE: "Another program uses the database, such as a sqlite3 shell or a backup: end it and try again.",
-    FILE_PROBLEM: "Look at the disk and at who may write there, and try again.",
+    DAMAGED: "The file is damaged or not a database. Restore a backup.",
+    IN_USE: "Another program is using the database, such as a sqlite3 shell or a backup. End it and try again.",
+    FILE_PROBLEM: "Check the disk space and the permissions, and try again.",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command of `python database.py`; returns its exit status. Raises SystemExit for wrong arguments."""
+    """Runs a command of `python database.py` and returns its exit status.
+
+    `arguments` defaults to those of the process. Raises SystemExit for wrong arguments or settings.
+    """
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -101,19 +102,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.run(settings, given)
     except CommandError as error:
-        tell(str(error))
+        print_stderr(str(error))
         return error.status
     except sqlite3.Error as error:
-        tell(f"SQLite says: {error}. {_ADVICE[exit_status(error)]}")
+        print_stderr(f"SQLite error: {error}. {_ADVICE[exit_status(error)]}")
         return exit_status(error)
     except OSError as error:
-        tell(f"{error.filename or 'the disk'}: {error.strerror}. {_ADVICE[FILE_PROBLEM]}")
+        print_stderr(f"{error.filename or 'the disk'}: {error.strerror}. {_ADVICE[FILE_PROBLEM]}")
         return FILE_PROBLEM
     except errors.AppError as error:
-        tell(f"{error.message} {_ADVICE[FILE_PROBLEM]}")
+        print_stderr(f"{error.message} {_ADVICE[FILE_PROBLEM]}")
         return FILE_PROBLEM
     except KeyboardInterrupt:
-        tell("Interrupted: nothing is done but what is said above.")
+        print_stderr("Interrupted. Only the steps that are printed above were done.")
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""The database's file copied, checked and put back: what `backup`, `restore` and `check` of the command line do."""
+"""The commands `backup`, `restore` and `check`: copy, replace and check the database file."""
 
 import argparse
 import hashlib
@@ -20,36 +20,38 @@ from database import FileLock, Lease
 from settings import Settings
 from telemetry import Progress
 
-DAMAGED, IN_USE, FILE_PROBLEM = 1, 3, 4  # exit statuses; 0 is done, 2 is argparse's
-
-
-_BESIDE = ("-wal", "-journal", "-shm")  # what SQLite keeps beside a database that is in use
+DAMAGED, IN_USE, FILE_PROBLEM = 1, 3, 4  # exit statuses; 0 means done, argparse uses 2 for wrong arguments
+_SQLITE_FILES = ("-wal", "-journal", "-shm")  # files that SQLite creates next to a database that is in use
 
 
 class CommandError(Exception):
-    """What ends a command: a sentence for the operator, and the exit status."""
+    """Ends a command with an exit status and a message for the operator."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
 
-def say(fact: str) -> None:
-    """Prints a fact for the operator on the standard output."""
-    sys.stdout.write(fact + "\n")
+def print_stdout(line: str) -> None:
+    """Prints a line of the command's result to stdout."""
+    sys.stdout.write(line + "\n")
 
 
-def tell(progress: str) -> None:
-    """Prints progress or an error on the standard error output."""
-    sys.stderr.write(progress + "\n")
+def print_stderr(line: str) -> None:
+    """Prints progress or an error to stderr."""
+    sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Connection]:
-    """A connection that changes nothing of a database, its journal mode included, and makes no checkpoint."""
+def open_to_read(path: Path) -> Iterator[Connection]:
+    """Opens a read-only connection to a database that a service may be using.
+
+    The connection changes nothing, not even the journal mode, and makes no checkpoint. Raises CommandError if there
+    is no such file.
+    """
     if not path.is_file():
-        raise CommandError(FILE_PROBLEM, f"{path} is not there: name the database by --database or DB_PATH.")
+        raise CommandError(FILE_PROBLEM, f"The database {path} does not exist. Select one with --database or DB_PATH.")
     with closing(FileLock(path.with_name(path.name + ".lock"))) as lock:
         conn = _connect_to_read(path)
         try:
@@ -67,41 +69,43 @@ def _connect_to_read(path: Path) -> Connection:
 
 
 def _examine(conn: Connection, what: Path) -> sql.Findings:
-    """What is in a database, and what is wrong with it, 20 faults of a kind at most."""
-    tell(f"checking {what.name} ({what.stat().st_size / 1e6:.1f} MB)")
+    """Checks a database and counts its rows, see `sql.examine`. Damage that prevents reading is a fault, too."""
+    print_stderr(f"checking {what.name} ({what.stat().st_size / 1e6:.1f} MB)")
     try:
         return sql.examine(conn)
     except sqlite3.DatabaseError as error:
         if exit_status(error) != DAMAGED:
             raise
-        return sql.Findings(0, {}, [f"SQLite says: {error}"])
+        return sql.Findings(0, {}, [f"SQLite error: {error}"])
 
 
 def _too_new(version: int) -> list[str]:
     known = len(sql.MIGRATIONS)
-    return [f"its schema version is {version}, this code knows {known}: use the newer code"] if version > known else []
+    if version <= known:
+        return []
+    return [f"its schema version is {version}, but this code supports only versions up to {known}: use the newer code"]
 
 
 def _refuse_faults(faults: Sequence[str], what: Path, advice: str) -> None:
     if faults:
-        raise CommandError(DAMAGED, "\n".join((f"{what} fails the check. {advice}", *faults)))
+        raise CommandError(DAMAGED, "\n".join((f"{what} failed the check. {advice}", *faults)))
 
 
-def _say_contents(found: sql.Findings) -> None:
-    say(f"schema version: {found.version}")
-    say("rows: " + ", ".join(f"{table} {count}" for table, count in found.rows.items()))
+def _print_contents(found: sql.Findings) -> None:
+    print_stdout(f"schema version: {found.version}")
+    print_stdout("rows: " + ", ".join(f"{table} {count}" for table, count in found.rows.items()))
 
 
-def _say_some(what: str, items: Sequence[str]) -> None:
-    """At most 20 of them, each on a line."""
+def _print_some(what: str, items: Sequence[str]) -> None:
+    """Prints a line for each of the first 20 items, and the number of the others."""
     for item in items[:20]:
-        say(f"{what}: {item}")
+        print_stdout(f"{what}: {item}")
     if len(items) > 20:
-        say(f"{what}: and {len(items) - 20} more")
+        print_stdout(f"{what}: and {len(items) - 20} more")
 
 
 def _sync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on disk."""
+    """Syncs a file, or the names of the files in a folder, to disk."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
@@ -109,73 +113,76 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def beside(path: Path, suffix: str) -> Path:
-    """The path with a suffix appended to its name: `a.db` and `-wal` give `a.db-wal`."""
+def suffixed(path: Path, suffix: str) -> Path:
+    """Returns a path with a suffix appended to its name: `a.db` and `-wal` give `a.db-wal`."""
     return path.with_name(path.name + suffix)
 
 
 def _new_file(path: Path) -> int:
-    """A file of nobody else's to read, for all that a database tells."""
+    """Creates a file that only its owner can read, since a database contains private messages and password hashes."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def _remove(path: Path) -> None:
-    """Removes a database of ours that is not in use, with what SQLite keeps beside it."""
-    for suffix in ("", *_BESIDE):
-        beside(path, suffix).unlink(missing_ok=True)
+    """Removes a temporary database that is not in use, and the files that SQLite created next to it."""
+    for suffix in ("", *_SQLITE_FILES):
+        suffixed(path, suffix).unlink(missing_ok=True)
 
 
 # --- backup -----------------------------------------------------------------------------------------
 
 
 def backup(settings: Settings, given: argparse.Namespace) -> None:
-    """Writes all that was committed when it began to a file, which has its name once it is whole."""
+    """Writes a backup of everything that was committed before it began, and the list of its files.
+
+    The backup gets its name only once it is complete and checked. Raises CommandError.
+    """
     target, made_at = given.file.absolute(), now()
-    partial = beside(target, ".partial")
+    partial = suffixed(target, ".partial")
     if not target.parent.is_dir():
-        raise CommandError(FILE_PROBLEM, f"{target.parent} is no folder: make it first.")
+        raise CommandError(FILE_PROBLEM, f"The directory {target.parent} does not exist. Create it first.")
     if os.path.lexists(target):
-        raise CommandError(FILE_PROBLEM, f"{target} exists already and is left as it is: choose another name.")
+        raise CommandError(FILE_PROBLEM, f"{target} already exists and was not changed. Choose another name.")
     try:
         os.close(_new_file(partial))
     except FileExistsError as error:
-        advice = "another backup writes it, or one was killed. If none runs, delete it."
-        raise CommandError(FILE_PROBLEM, f"{partial} exists: {advice}") from error
+        advice = "A backup of this name is running or was killed. If none is running, delete the file."
+        raise CommandError(FILE_PROBLEM, f"{partial} already exists. {advice}") from error
     try:
         _copy_pages(settings.db_path, partial)
-        manifest = {"made_at": made_at, "database": str(settings.db_path), **_described(partial, settings)}
-        file_utils.write_atomic(beside(target, ".files.json"), json.dumps(manifest, indent=1).encode(), 0o600)
+        manifest = {"made_at": made_at, "database": str(settings.db_path), **_describe(partial, settings)}
+        file_utils.write_atomic(suffixed(target, ".files.json"), json.dumps(manifest, indent=1).encode(), 0o600)
         partial.rename(target)
         _sync(target.parent)
     finally:
         _remove(partial)
-    say(f"backup: {target} ({target.stat().st_size} bytes), as of {made_at}")
-    say(f"list of files: {beside(target, '.files.json')}")
-    say(f"copy beside it: {settings.images}, {settings.projects}, {settings.data / 'secret.key'}")
+    print_stdout(f"backup: {target} ({target.stat().st_size} bytes), as of {made_at}")
+    print_stdout(f"list of files: {suffixed(target, '.files.json')}")
+    print_stdout(f"not included, copy also: {settings.images}, {settings.projects}, {settings.data / 'secret.key'}")
 
 
 def _copy_pages(path: Path, partial: Path) -> None:
-    """Copies one state of the database, whoever writes meanwhile: the read transaction is what holds it still."""
-    with reading(path) as conn:
+    """Copies one state of the database, which a read transaction preserves while other processes write."""
+    with open_to_read(path) as conn:
         conn.execute("BEGIN")
-        sql.schema_version(conn)  # the first reading after BEGIN fixes the state that is copied
+        sql.schema_version(conn)  # the first read after BEGIN determines the state that is copied
         with closing(sqlite3.connect(partial, isolation_level=None)) as copy:
-            copy.execute("PRAGMA synchronous=OFF")  # it is synced when it is whole
-            progress = Progress(tell, "copying")
+            copy.execute("PRAGMA synchronous=OFF")  # `_sync` below syncs the complete file
+            progress = Progress(print_stderr, "copying")
             conn.backup(copy, pages=4096, progress=lambda _, left, total: progress(total - left, total))
-            copy.execute("PRAGMA journal_mode=DELETE")  # one file, without others beside it
+            copy.execute("PRAGMA journal_mode=DELETE")  # leaves one file, without a -wal
     _sync(partial)
 
 
-def _described(partial: Path, settings: Settings) -> dict[str, object]:
-    """What a backup holds and what belongs beside it. Raises CommandError where it fails the check."""
-    with _reading_copy(partial) as conn:
+def _describe(partial: Path, settings: Settings) -> dict[str, object]:
+    """Returns the content of a backup's `.files.json`. Raises CommandError if the backup fails the check."""
+    with _open_copy(partial) as conn:
         found = _examine(conn, partial)
-        _refuse_faults(found.faults, settings.db_path, "No backup was made: restore one made before.")
+        _refuse_faults(found.faults, settings.db_path, "No backup was made. Restore an earlier one.")
         inventory = _inventory(conn, settings, found)
     with partial.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _say_contents(found)
+    _print_contents(found)
     return {
         "sha256": digest,
         "bytes": partial.stat().st_size,
@@ -188,16 +195,16 @@ def _described(partial: Path, settings: Settings) -> dict[str, object]:
 
 
 @contextmanager
-def _reading_copy(path: Path) -> Iterator[Connection]:
-    """A connection to a file that nobody else uses."""
+def _open_copy(path: Path) -> Iterator[Connection]:
+    """Opens a connection to a copy that no other process uses."""
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.execute("PRAGMA trusted_schema=OFF")
         yield conn
 
 
 def _inventory(conn: Connection, settings: Settings, found: sql.Findings) -> dict[str, list[dict[str, Any]]]:
-    """The files that the rows speak of, and what of them is on disk now; sizes in bytes."""
-    progress = Progress(tell, "looking at images and folders")
+    """Lists the images and project folders that the rows reference: whether they exist now, and sizes in bytes."""
+    progress = Progress(print_stderr, "checking images and folders")
     images = []
     if "message_images" in found.rows:
         for message_id, file in sql.select_all_images(conn):
@@ -216,11 +223,11 @@ def _image_on_disk(path: Path) -> dict[str, Any]:
 
 
 def _folder_on_disk(path: str) -> dict[str, Any]:
-    """A project of old may have no folder: its path is empty."""
+    """Counts the files of a project folder. The path of a legacy project without a folder is empty."""
     files = size = 0
     for top, _, names in os.walk(path) if path else ():
         for name in names:
-            with suppress(FileNotFoundError):  # removed meanwhile
+            with suppress(FileNotFoundError):  # the file was removed since the listing
                 size += Path(top, name).lstat().st_size
                 files += 1
     return {"there": bool(path) and Path(path).is_dir(), "files": files, "bytes": size}
@@ -230,43 +237,50 @@ def _folder_on_disk(path: str) -> dict[str, Any]:
 
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
-    """Puts a checked copy of a backup in the database's place; a kill at any moment leaves one of the two whole."""
-    source, path, new = given.file.absolute(), settings.db_path, beside(settings.db_path, ".restoring")
+    """Replaces the database by a checked copy of a backup. Raises CommandError.
+
+    If the process is killed, either the old or the new database is in place, complete.
+    """
+    source, path, new = given.file.absolute(), settings.db_path, suffixed(settings.db_path, ".restoring")
     if not source.is_file():
-        raise CommandError(FILE_PROBLEM, f"{source} is not there, or is no file: name a backup.")
+        raise CommandError(FILE_PROBLEM, f"{source} does not exist or is not a file. Name a backup.")
     if path.exists() and source.samefile(path):
-        raise CommandError(FILE_PROBLEM, f"{source} is the database itself: name a backup.")
+        raise CommandError(FILE_PROBLEM, f"{source} is the database itself. Name a backup.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(FileLock(beside(path, ".lock"))) as lock, lock:  # a service that starts now waits for the end
+    with closing(FileLock(suffixed(path, ".lock"))) as lock, lock:  # a service that is started now waits
         _refuse_while_served(path)
         _refuse_while_served(source)
-        _forget_unfinished(path, new)
+        _remove_leftovers(path, new)
         try:
             found, differences = _copy_checked(settings, source, new)
             kept = _swap(path, new)
         finally:
             _remove(new)
-    say(f"restored: {source} is now {path}")
+    print_stdout(f"restored: {source} is now {path}")
     if kept:
-        say(f"the database that was there: {kept}")
-    _say_contents(found)
+        print_stdout(f"replaced database: {kept}")
+    _print_contents(found)
     if found.version < len(sql.MIGRATIONS):
-        say("its schema is older: the next start brings it up to date")
-    _say_some("attention", differences)
+        print_stdout("its schema is older: the next start of the service migrates it")
+    _print_some("warning", differences)
 
 
 def _refuse_while_served(path: Path) -> None:
-    """Raises CommandError while a service runs on this database."""
-    lease = Lease(beside(path, ".workers"))
-    living = [file.read_text() for file in beside(path, ".workers").glob("*") if lease.alive(file.name)]
+    """Raises CommandError if a service is running on this database."""
+    lease = Lease(suffixed(path, ".workers"))
+    living = [file.read_text() for file in suffixed(path, ".workers").glob("*") if lease.alive(file.name)]
     if living:
-        who = ", ".join(f"process {pid}" if pid else "a process of older code" for pid in sorted(living))
+        who = ", ".join(f"process {pid}" if pid else "a process of an older version" for pid in sorted(living))
         advice = "Stop it (pm2 stop clawd-backend, or Ctrl-C), wait until it has ended, and try again."
-        raise CommandError(IN_USE, f"A service runs on {path}: {who}. Nothing was changed. {advice}")
+        raise CommandError(IN_USE, f"A service is running on {path}: {who}. Nothing was changed. {advice}")
 
 
-def _forget_unfinished(path: Path, new: Path) -> None:
-    """Removes what a restore that was killed left; a second name of the database itself is no copy of it."""
+def _remove_leftovers(path: Path, new: Path) -> None:
+    """Removes the files that a killed restore left.
+
+    A `.replaced.backup` may be a hard link to the database itself, if `_swap` was killed after creating it. It is
+    removed, because it does not contain a replaced database.
+    """
     _remove(new)
     for kept in path.parent.iterdir():
         ours = kept.name.startswith(f"{path.name}.") and kept.name.endswith(".replaced.backup")
@@ -275,30 +289,33 @@ def _forget_unfinished(path: Path, new: Path) -> None:
 
 
 def _copy_checked(settings: Settings, source: Path, new: Path) -> tuple[sql.Findings, list[str]]:
-    """Copies a backup, with what lies beside it where it was no backup but a database, and checks the copy."""
+    """Copies a backup and checks the copy. Returns the findings, and the files that are missing or differ.
+
+    If `source` is not a backup but a database file, its -wal or -journal belongs to it and is copied too.
+    """
     listed = _read_list(source)
     digest = _copy_file(source, new)
     if listed and listed["sha256"] != digest:
-        advice = f"Use another backup; to take this one in spite of it, delete {source.name}.files.json."
-        raise CommandError(DAMAGED, f"{source} is not as `backup` wrote it: its SHA-256 differs. {advice}")
+        advice = f"Use another backup. To restore this one nevertheless, delete {source.name}.files.json."
+        raise CommandError(DAMAGED, f"{source} was changed after the backup: its SHA-256 differs. {advice}")
     for suffix in ("-wal", "-journal"):
-        if beside(source, suffix).exists():
-            _copy_file(beside(source, suffix), beside(new, suffix))
-    with _reading_copy(new) as conn:
+        if suffixed(source, suffix).exists():
+            _copy_file(suffixed(source, suffix), suffixed(new, suffix))
+    with _open_copy(new) as conn:
         found = _examine(conn, new)
-        _refuse_faults(found.faults + _too_new(found.version), source, "The database is as it was.")
+        _refuse_faults(found.faults + _too_new(found.version), source, "The database was not changed.")
         differences = _differences(_inventory(conn, settings, found), listed, settings)
-        conn.execute("PRAGMA journal_mode=WAL")  # as the service has it; on closing all is in the one file
-    if any(beside(new, suffix).exists() for suffix in _BESIDE):
-        raise CommandError(FILE_PROBLEM, f"{new} could not be written out: look at the disk. Nothing was changed.")
-    _take_after(settings.db_path, new)
+        conn.execute("PRAGMA journal_mode=WAL")  # as the service sets it; closing leaves one file, without a -wal
+    if any(suffixed(new, suffix).exists() for suffix in _SQLITE_FILES):
+        raise CommandError(FILE_PROBLEM, f"Could not write {new} completely. Nothing was changed. Check the disk.")
+    _copy_owner_and_mode(settings.db_path, new)
     _sync(new)
     return found, differences
 
 
 def _copy_file(source: Path, target: Path) -> str:
-    """Copies a file's bytes; returns their SHA-256 in hex."""
-    digest, size, done, progress = hashlib.sha256(), source.stat().st_size, 0, Progress(tell, "copying")
+    """Copies a file to a new file, and returns the SHA-256 of its bytes in hex."""
+    digest, size, done, progress = hashlib.sha256(), source.stat().st_size, 0, Progress(print_stderr, "copying")
     with source.open("rb") as read, os.fdopen(_new_file(target), "wb") as write:
         while chunk := read.read(4 * 1024 * 1024):
             write.write(chunk)
@@ -309,8 +326,11 @@ def _copy_file(source: Path, target: Path) -> str:
 
 
 def _read_list(source: Path) -> dict[str, Any] | None:
-    """The list of files beside a backup: the images' by name, the projects' by id. None where there is none."""
-    path = beside(source, ".files.json")
+    """Reads the `.files.json` of a backup: bytes by image, number of files by project id. None if there is no list.
+
+    Leaves out images and folders that were missing at the time of the backup. Raises CommandError.
+    """
+    path = suffixed(source, ".files.json")
     try:
         listed = json.loads(path.read_bytes())
         return {
@@ -321,33 +341,33 @@ def _read_list(source: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError) as error:
-        raise CommandError(DAMAGED, f"{path} is damaged: delete it to restore without it.") from error
+        raise CommandError(DAMAGED, f"{path} is damaged. Delete it to restore the backup without it.") from error
 
 
 def _differences(
     inventory: dict[str, list[dict[str, Any]]], listed: dict[str, Any] | None, settings: Settings
 ) -> list[str]:
-    """What the rows or the list speak of and is not on disk as it was."""
+    """Returns a sentence for each image or folder that is missing or differs from the list of the backup."""
     images, projects = (listed["images"], listed["projects"]) if listed else ({}, {})
-    told = []
+    found = []
     for image in inventory["images"]:
         if not image["there"]:
             already = "" if not listed or image["file"] in images else ", as it was when the backup was made"
-            told.append(f"the image {settings.images / image['file']} is missing{already}")
+            found.append(f"the image {settings.images / image['file']} is missing{already}")
         elif image["bytes"] != images.get(image["file"], image["bytes"]):
-            told.append(f"the image {settings.images / image['file']} has another size than in the backup")
+            found.append(f"the image {settings.images / image['file']} has another size than at the time of the backup")
     for project in inventory["projects"]:
         if not project["there"] and project["path"]:
             already = "" if not listed or project["id"] in projects else ", as it was when the backup was made"
-            told.append(f"the folder {project['path']} of project {project['id']} is missing{already}")
+            found.append(f"the folder {project['path']} of project {project['id']} is missing{already}")
         elif project["files"] < projects.get(project["id"], 0):
             had = projects[project["id"]]
-            told.append(f"the folder {project['path']} has {project['files']} files, it had {had} at the backup")
-    return told
+            found.append(f"the folder {project['path']} has {project['files']} files, but had {had} in the backup")
+    return found
 
 
-def _take_after(path: Path, new: Path) -> None:
-    """Gives the new file the owner and mode of the one that it replaces, which root may do for another user."""
+def _copy_owner_and_mode(path: Path, new: Path) -> None:
+    """Gives the new file the owner and mode of the file that it replaces, in case root restores for another user."""
     if path.exists():
         old, own = path.stat(), new.stat()
         if (old.st_uid, old.st_gid) != (own.st_uid, own.st_gid):
@@ -356,26 +376,29 @@ def _take_after(path: Path, new: Path) -> None:
 
 
 def _swap(path: Path, new: Path) -> Path | None:
-    """Renames the new database into its place; the old one stays under another name, which is returned.
+    """Renames the new database to its final name. Returns the name under which the old one remains, if there was one.
 
-    No -wal or -journal of the old may ever lie beside the new: SQLite would play it into it.
+    A -wal or -journal of the old database must never be next to the new one, since SQLite would apply it to it.
     """
     if path.exists():
-        _close_down(path)
-    kept = beside(path, f".{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.replaced.backup")
+        _checkpoint(path)
+    kept = suffixed(path, f".{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.replaced.backup")
     if path.exists():
         os.link(path, kept)
-    for suffix in _BESIDE:  # only a damaged one has these, or one that was deleted by hand
-        if beside(path, suffix).exists():
-            beside(path, suffix).rename(beside(kept, suffix))
+    for suffix in _SQLITE_FILES:  # exist only if the old database is damaged or was deleted by hand
+        if suffixed(path, suffix).exists():
+            suffixed(path, suffix).rename(suffixed(kept, suffix))
     _sync(path.parent)
     new.replace(path)
     _sync(path.parent)
     return kept if kept.exists() else None
 
 
-def _close_down(path: Path) -> None:
-    """Brings what the -wal holds into the database and closes it, alone; a damaged one stays as it is."""
+def _checkpoint(path: Path) -> None:
+    """Moves the contents of the -wal into the database, and removes it. Leaves a damaged database unchanged.
+
+    Raises sqlite3.OperationalError if another process uses the database.
+    """
     try:
         with closing(_connect_to_read(path)) as conn:
             sql.schema_version(conn)
@@ -390,19 +413,19 @@ def _close_down(path: Path) -> None:
 
 
 def check(settings: Settings, _: argparse.Namespace) -> None:
-    """Says what is in the database. Raises CommandError where something is wrong with it."""
-    with reading(settings.db_path) as conn:
+    """Prints what the database contains. Raises CommandError if it is damaged or an image is missing."""
+    with open_to_read(settings.db_path) as conn:
         found = _examine(conn, settings.db_path)
-        missing = _missing_images(conn, settings, found) & _missing_images(
-            conn, settings, found
-        )  # not deleted meanwhile
-    say(f"database: {settings.db_path}")
-    _say_contents(found)
-    _say_some("missing image", sorted(missing))
+        # Twice, because a running service may delete an image after its row was read.
+        missing = _missing_images(conn, settings, found) & _missing_images(conn, settings, found)
+    print_stdout(f"database: {settings.db_path}")
+    _print_contents(found)
+    _print_some("missing image", sorted(missing))
     _refuse_faults(found.faults + _too_new(found.version), settings.db_path, "Restore a backup.")
     if missing:
-        raise CommandError(DAMAGED, f"The database is sound; bring the missing files back into {settings.images}.")
-    say("the database is sound, and every image is there")
+        advice = f"Copy them back to {settings.images}."
+        raise CommandError(DAMAGED, f"The database passed the check, but images are missing. {advice}")
+    print_stdout("the database passed the check, and every image exists")
 
 
 def _missing_images(conn: Connection, settings: Settings, found: sql.Findings) -> set[str]:
@@ -412,7 +435,7 @@ def _missing_images(conn: Connection, settings: Settings, found: sql.Findings) -
 
 
 def exit_status(error: sqlite3.Error) -> int:
-    """The exit status for what SQLite says."""
+    """Returns the exit status for an error of SQLite."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return IN_USE

@@ -1,4 +1,4 @@
-"""What a user says: the chat and message routes, and the frames in which a reply is streamed."""
+"""The chat and message routes, and the frames in which a reply is streamed."""
 
 import asyncio
 import json
@@ -24,9 +24,9 @@ from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.chat")
 
-FIRST_BYTE = 0.5  # seconds; contract: the response begins within a second
-FRAME = 64 * 1024  # characters of one frame at most, so that a slow reader is fed in small pieces
-SMALL_PAGE = 100  # messages that are read in place; more are read and rendered on a thread
+FIRST_BYTE = 0.5  # seconds that a stream waits for text before it begins; docs/api.md promises at most 1
+FRAME = 64 * 1024  # maximum characters of a frame, so that a slow reader receives small pieces
+SMALL_PAGE = 100  # messages; a larger page is read and rendered on a thread, so as not to block the event loop
 FINISH_REASONS = {"complete": "stop", "empty": "stop", "failed": "error"}
 
 router = APIRouter()
@@ -42,10 +42,12 @@ class ChatMessage(BaseModel):
 class ChatIn(Body):
     session_key: str = Field(max_length=200)
     messages: list[ChatMessage] = Field(
-        description="May hold the whole conversation; only its last `user` message is taken."
+        description="May contain the whole conversation. Only the last message with the role `user` is used."
     )
     stream: bool = False
-    image: str | None = Field(None, description="Base64, with or without `data:image/...;base64,`.")
+    image: str | None = Field(
+        None, description="An image in base64, with or without the prefix `data:image/...;base64,`."
+    )
 
 
 class Usage(BaseModel):
@@ -73,8 +75,10 @@ class MessageOut(BaseModel):
     id: int
     role: str
     content: str
-    image: str | None = Field(description="A signed URL that a browser's `<img>` can load; it expires.")
-    images: list[str] = Field(description="All images of the message, `image` first.")
+    image: str | None = Field(
+        description="Signed URL of the message's first image, which an `<img>` element can load. It expires."
+    )
+    images: list[str] = Field(description="Signed URLs of all images of the message. The first one equals `image`.")
     status: sql.Status
     error: Failure | None
     usage: Usage | None
@@ -89,9 +93,9 @@ class Stopped(BaseModel):
 
 
 def text_frame(reply_id: int, text: str, until: int) -> bytes:
-    """A frame with some text of a reply; `until` is the reply's length in characters once it was read.
+    """Returns a frame with a part of a reply's text. `until` is the offset of the part's end in characters.
 
-    It is pure ASCII: no reader of lines takes U+2028 for the end of one, and no cut splits a character.
+    The frame is pure ASCII: no client mistakes U+2028 for a line break, and no cut splits a character.
     """
     return (
         f'id: {until}\ndata: {{"id":"{reply_id}","object":"chat.completion.chunk","choices":[{{"index":0,'
@@ -100,7 +104,7 @@ def text_frame(reply_id: int, text: str, until: int) -> bytes:
 
 
 def last_frames(reply: LiveReply) -> bytes:
-    """The end of a reply: why it ended, what it used, what failed, and `[DONE]`."""
+    """Returns the last JSON frame of a reply, with its finish reason, usage and error, and then `[DONE]`."""
     frame: dict[str, object] = {"id": str(reply.id), "object": "chat.completion.chunk"}
     if reply.error is not None:
         frame["error"] = reply.error
@@ -111,13 +115,15 @@ def last_frames(reply: LiveReply) -> bytes:
 
 
 class ReplyStream(Response):
-    """Reads a reply to one client from an offset on, at the client's pace. It writes its own frames: the reply
-    is made elsewhere, so a client that leaves ends nothing but this."""
+    """Streams a reply to one client, from an offset on and at the client's pace.
+
+    The turn does not depend on this response: a client that disconnects ends only its own stream.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(self, reply: LiveReply, after: int, ping: float) -> None:
-        """`after` is in characters; a comment is sent after `ping` seconds without anything else."""
+        """`after` is the offset in characters. A comment is sent after `ping` seconds without a frame."""
         super().__init__(headers={**_message_ids(reply), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._reply = reply
@@ -125,14 +131,14 @@ class ReplyStream(Response):
         self._ping = ping
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Sends the response, as an ASGI application."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         gone = asyncio.ensure_future(_disconnected(receive))
         gone.add_done_callback(lambda _: self._reply.wake())
         try:
             await self._send_frames(send, gone)
-        except asyncio.CancelledError:  # the server ends: without [DONE] the client knows that it must resume
-            log.info("the server ends, and with it a stream of reply %d", self._reply.id)
+        except asyncio.CancelledError:  # the server shuts down; a stream without [DONE] tells the client to resume
+            log.info("shutting down, cut a stream of reply %d, which its client can resume", self._reply.id)
         finally:
             gone.cancel()
 
@@ -146,15 +152,15 @@ class ReplyStream(Response):
             if done:
                 return
             if self._after >= self._reply.length:
-                await self._news(gone)
+                await self._wait(gone)
 
     def _next_frames(self) -> bytes:
         text = self._reply.text(self._after, FRAME)
         self._after += len(text)
         return text_frame(self._reply.id, text, self._after) if text else b""
 
-    async def _news(self, gone: "asyncio.Future[None]") -> None:
-        """Returns when there is something to send, or so long after that a comment is due."""
+    async def _wait(self, gone: "asyncio.Future[None]") -> None:
+        """Waits until there is a frame to send, the client has disconnected, or a comment is due."""
         until = time.monotonic() + self._ping
         while self._reply.length <= self._after and not self._reply.is_final and not gone.done():
             left = until - time.monotonic()
@@ -186,7 +192,8 @@ IdempotencyKey = Annotated[
     str | None,
     Header(
         pattern=r"^[\x20-\x7e]{1,255}$",
-        description="The same key in the same session never makes a second turn: the first reply comes back.",
+        description="A request with a key that was already used in the session starts no turn; it returns the first "
+        "reply.",
     ),
 ]
 CHAT_ERRORS = errors.raises(
@@ -207,14 +214,14 @@ async def chat(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> Response | ChatOut:
-    """Sends a message and answers with the whole reply, or with `stream: true` as it comes."""
+    """Sends a message and returns the complete reply, or with `stream: true` streams the reply as it arrives."""
     reply = await _begin(body, user, parts, idempotency_key)
     if body.stream:
         return await _stream(reply, parts)
     try:
         await reply.finished()
-    except asyncio.CancelledError:  # the server ends; whoever runs the turn then sees it through
-        message = "The service is restarting: the reply is in the session's messages in a moment."
+    except asyncio.CancelledError:  # the server shuts down; the turn does not depend on this request
+        message = "The service is restarting. Read the reply in the session's messages in a moment."
         raise errors.Interrupted(message, retryable=True, retry_after=2, message_id=reply.id) from None
     _raise_failure(reply)
     response.headers.update(_message_ids(reply))
@@ -232,13 +239,14 @@ async def chat(
 async def chat_stream(
     body: ChatIn, user: CurrentUser, parts: OpenParts, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """`POST /chat` with `stream: true`."""
+    """Sends a message and streams the reply, like `POST /chat` with `stream: true`."""
     return await _stream(await _begin(body, user, parts, idempotency_key), parts)
 
 
 async def _begin(body: ChatIn, user: sql.User, parts: Parts, key: str | None) -> LiveReply:
     text, sources = _last_message(body)
-    session_id = parts.db.read(sql.check_chat_session, user.id, body.session_key)  # before any work on pictures
+    # Before the images are decoded, which takes much time and memory: a wrong session must not cost that.
+    session_id = parts.db.read(sql.check_chat_session, user.id, body.session_key)
     telemetry.note(session_id=session_id)
     images: list[image_handler.Image] = []
     if sources:
@@ -250,7 +258,10 @@ async def _begin(body: ChatIn, user: sql.User, parts: Parts, key: str | None) ->
 
 
 async def _stream(reply: LiveReply, parts: Parts) -> Response:
-    """The response, once there is text or a moment has passed; what has failed before that is raised."""
+    """Returns the streaming response once there is text, or after FIRST_BYTE seconds.
+
+    Raises the error of a turn that fails before that, so that the client receives it as a status.
+    """
     until = time.monotonic() + min(FIRST_BYTE, parts.settings.ping_seconds)
     while reply.length == 0 and not reply.is_final and (left := until - time.monotonic()) > 0:
         await reply.change(left)
@@ -260,7 +271,7 @@ async def _stream(reply: LiveReply, parts: Parts) -> Response:
 
 
 def _last_message(body: ChatIn) -> tuple[str, list[str]]:
-    """The text and the encoded pictures of the newest user message. Raises errors.Invalid."""
+    """Returns the text and the encoded images of the last user message. Raises errors.Invalid."""
     message = next((message for message in reversed(body.messages) if message.role == "user"), None)
     if message is None:
         raise errors.Invalid("Send a message with the role `user` in `messages`.", code="no_user_message")
@@ -271,13 +282,15 @@ def _last_message(body: ChatIn) -> tuple[str, list[str]]:
     if body.image:
         sources.append(body.image)
     if not text.strip() and not sources:
-        raise errors.Invalid("The last `user` message is empty: send text or an image.", code="no_user_message")
+        raise errors.Invalid("The last `user` message is empty. Send text or an image.", code="no_user_message")
     return text, sources
 
 
 def _text(part: dict[str, Any]) -> str:
     if not isinstance(part.get("text"), str):
-        raise errors.Invalid("A content part of type `text` needs a string `text`.", code="no_user_message")
+        raise errors.Invalid(
+            "A content part of type `text` needs a field `text` with a string.", code="no_user_message"
+        )
     return str(part["text"])
 
 
@@ -286,7 +299,7 @@ def _image_url(part: dict[str, Any]) -> str:
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str):
         raise errors.Invalid(
-            "A content part of type `image_url` needs `image_url.url`, a `data:` URL.", code="invalid_image"
+            "A content part of type `image_url` needs a field `image_url.url` with a `data:` URL.", code="invalid_image"
         )
     return url
 
@@ -305,10 +318,14 @@ async def list_messages(
     request: Request,
     user: CurrentUser,
     parts: OpenParts,
-    limit: Annotated[int | None, Query(ge=1, le=10_000, description="Only the newest so many.")] = None,
-    before: Annotated[int | None, Query(ge=1, le=sql.MAX_ID, description="Only older than this id.")] = None,
+    limit: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Return at most this many messages, the newest ones.")
+    ] = None,
+    before: Annotated[
+        int | None, Query(ge=1, le=sql.MAX_ID, description="Return only messages with an id less than this.")
+    ] = None,
 ) -> Response:
-    """The messages of a session, oldest first."""
+    """Returns the messages of a session, oldest first."""
     telemetry.note(session_id=session_id)
     base = parts.settings.public_base_url or str(request.base_url).rstrip("/")
     page = (parts.images, base, user.id, session_id, limit, before)
@@ -326,7 +343,7 @@ def _render(
     limit: int | None,
     before: int | None,
 ) -> bytes:
-    """A page of messages as JSON (a list of MessageOut)."""
+    """Returns a page of messages as JSON, an array of MessageOut."""
     messages = sql.select_messages(conn, user_id, session_id, limit, before)
     images = sql.select_images(conn, messages[0].id, messages[-1].id, session_id) if messages else {}
     at, page = time.time(), []
@@ -354,26 +371,30 @@ async def resume_stream(
     message_id: Id,
     user: CurrentUser,
     parts: OpenParts,
-    last_event_id: Annotated[str | None, Header(description="Goes before `from`.")] = None,
+    last_event_id: Annotated[
+        str | None,
+        Header(description="The `id` of the last frame that arrived completely. Takes precedence over `from`."),
+    ] = None,
     start: Annotated[
-        int, Query(alias="from", ge=0, le=sql.MAX_ID, description="Characters that are there already.")
+        int,
+        Query(alias="from", ge=0, le=sql.MAX_ID, description="Number of characters that the client already has."),
     ] = 0,
 ) -> Response:
-    """A reply's remaining frames from an offset on, live while it runs."""
+    """Streams the rest of a reply from an offset on, live while the reply is running."""
     telemetry.note(session_id=session_id, turn_id=message_id)
     if last_event_id is not None and not re.fullmatch("[0-9]{1,18}", last_event_id):
-        raise errors.Invalid("Last-Event-ID is the `id` of the last frame that was read: a number.")
+        raise errors.Invalid("Last-Event-ID must be a number: the `id` of the last frame that arrived completely.")
     after = int(last_event_id) if last_event_id is not None else start
     parts.db.read(sql.select_owned_message, user.id, session_id, message_id)
     reply = parts.turns.reply(message_id)
     if reply is None:
-        raise errors.NotFound("This message is no reply: there is nothing to stream.", code="message_not_found")
+        raise errors.NotFound("This message is not a reply. Only replies can be streamed.", code="message_not_found")
     return ReplyStream(reply, after, parts.settings.ping_seconds)
 
 
 @router.post("/sessions/{session_id}/stop", tags=["messages"], openapi_extra=errors.raises("session_not_found"))
 async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
-    """Ends the running turn with what it has, aborts the agent's run, and drops the waiting turns."""
+    """Stops the running turn, which keeps its text so far; aborts the agent's run; drops the queued turns."""
     telemetry.note(session_id=session_id)
     parts.db.read(sql.select_session, user.id, session_id)
     return Stopped(stopped=await parts.turns.stop([session_id]))
@@ -389,7 +410,7 @@ async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
 async def read_image(
     image_id: Id, extension: str, parts: OpenParts, expires: str = "", signature: str = ""
 ) -> Response:
-    """An image of a message. The URL, from the messages, carries its own signature and expires."""
+    """Returns an image of a message. Its URL comes from the messages; it is signed, and it expires."""
     parts.images.verify(image_id, extension, expires, signature, time.time())
     file = parts.db.read(sql.select_image_file, image_id)
     image = await asyncio.to_thread(parts.images.load, file)

@@ -1,7 +1,7 @@
-"""One SQLite file as one process uses it: connections, the one writer, the lock between processes, the lease.
+"""Access to the SQLite file from one process: connections, the writer thread, the lock between processes, the lease.
 
-The caller brings a function of `sql`, which takes a connection; `Database` owns the threads and the transactions.
-As a program it is `admin`: `python database.py --help`.
+Callers pass a function of `sql`, which takes a connection, to `Database.read` or `Database.write`. `Database` owns
+the threads and the transactions. `python database.py` runs the command line of `admin`.
 """
 
 import asyncio
@@ -34,10 +34,11 @@ log = logging.getLogger("clawd.database")
 
 
 def connect(path: Path, *, read_only: bool) -> Connection:
-    """A connection with every pragma that the service relies on, in the order that makes them take hold.
+    """Opens a connection and sets the pragmas that the service relies on, in the order in which they take effect.
 
-    `read_only` connections cannot write: all writes of a process go through one connection, since two that
-    write and checkpoint at once can lose a commit (sqlite.org, "WAL reset bug", before 3.51.3).
+    A `read_only` connection refuses to write. All writes of a process go through one connection, because two
+    connections that write and checkpoint at the same moment can lose a commit (the "WAL reset bug" of SQLite before
+    3.51.3, see sqlite.org).
     """
     conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
     for pragma in (
@@ -55,7 +56,7 @@ def connect(path: Path, *, read_only: bool) -> Connection:
 
 
 class FileLock:
-    """An exclusive lock between processes, held in a `with`. The kernel frees it when its process ends."""
+    """An exclusive lock between processes, held during a `with`. The kernel releases it when the process ends."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -67,15 +68,15 @@ class FileLock:
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Gives the file back; the lock cannot be taken any more."""
+        """Closes the lock file. The lock cannot be acquired afterwards."""
         os.close(self._file)
 
 
 class Lease:
-    """A worker's name that is taken exactly as long as its process lives.
+    """A unique worker name, and a locked file of that name which proves that the worker's process is alive.
 
-    It is a locked file: the kernel lets go of it the moment the process ends, however it ends, and never
-    while it lives, so a process that was merely slow or suspended is not taken for dead.
+    The kernel releases the lock when the process ends, however it ends, and never before. A slow or suspended
+    process is therefore not mistaken for a dead one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +85,7 @@ class Lease:
         self.name = ""
 
     def take(self) -> None:
-        """Takes a new name, and removes the files of the dead."""
+        """Creates and locks a file with a new name, and removes the files of dead processes."""
         self.name = ""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
@@ -94,19 +95,19 @@ class Lease:
             path = self._folder / name
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            if path.exists():  # nobody took the file for a dead one's before it was locked
-                os.write(self._file, b"%d" % os.getpid())  # for who has to be told what runs
+            if path.exists():  # otherwise another process removed the file, still unlocked, as that of a dead process
+                os.write(self._file, b"%d" % os.getpid())  # `restore` names this process in its error
                 self.name = name
             else:
                 os.close(self._file)
 
     def release(self) -> None:
-        """Gives the name up in order."""
+        """Removes the file and releases its lock."""
         (self._folder / self.name).unlink(missing_ok=True)
         os.close(self._file)
 
     def alive(self, name: str) -> bool:
-        """Whether the process that took this name still lives."""
+        """Returns True if the process that took this name is alive."""
         return not self._lock_is_free(name, remove=False)
 
     def _lock_is_free(self, name: str, *, remove: bool) -> bool:
@@ -132,7 +133,7 @@ class _Job:
     run: Callable[[Connection], object]
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[object]"
-    context: Context  # of who waits for it: what is logged on the way says whose it is
+    context: Context  # of the caller, so that log lines of the job contain the ids of its request
     result: object = None
     error: BaseException | None = None
 
@@ -151,8 +152,11 @@ def _settle(jobs: Sequence[_Job]) -> None:
 
 
 class _Writer(threading.Thread):
-    """The one connection that writes: it commits together what has queued up, holding the lock between
-    processes over BEGIN … COMMIT. A job that raises undoes itself alone."""
+    """The thread with the only writing connection of the process.
+
+    Commits all queued jobs in one transaction, and holds the lock between processes from BEGIN to COMMIT. Each job
+    has a savepoint, so that a job that raises is rolled back without the others.
+    """
 
     def __init__(self, conn: Connection, lock: FileLock) -> None:
         super().__init__(name="database-writer", daemon=True)
@@ -166,7 +170,7 @@ class _Writer(threading.Thread):
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Ends the thread after what has been submitted."""
+        """Ends the thread once it has run every submitted job."""
         self._jobs.put(None)
         self.join()
 
@@ -204,7 +208,7 @@ class _Writer(threading.Thread):
                     if self._conn.in_transaction:
                         self._conn.execute("ROLLBACK")
         except (sqlite3.Error, OSError) as error:
-            context = batch[0].context if len(batch) == 1 else Context()  # the failure of several is nobody's own
+            context = batch[0].context if len(batch) == 1 else Context()  # no ids of one request for several jobs
             failed = context.run(_unavailable, error)
             for job in batch:
                 job.error = job.error or failed
@@ -213,22 +217,22 @@ class _Writer(threading.Thread):
         self._conn.execute("SAVEPOINT job")
         try:
             job.result = job.context.run(job.run, self._conn)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to the one who waits for this job
+        except Exception as error:  # noqa: BLE001 - every error is passed on to the caller that awaits the job
             self._conn.execute("ROLLBACK TO job")
             job.error = job.context.run(_unavailable, error) if _is_unusable(error) else error
         self._conn.execute("RELEASE job")
 
 
 def _is_unusable(error: Exception) -> bool:
-    """Whether SQLite could not do its work, in contrast to a rule of the schema that was broken."""
+    """Returns True if SQLite failed, False if it refused a change that violates the schema."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
 def _unavailable(error: Exception) -> errors.Unavailable:
-    log.error("the database failed", exc_info=error)
+    log.error("database operation failed", exc_info=error)
     failed = errors.Unavailable(
-        "The database cannot be used right now. Try again; if it goes on, the operator should look at the "
-        "service's log and at the disk.",
+        "The database is unavailable. Try again. If this error persists, the operator should check the service's "
+        "log and the disk.",
         code="database_unavailable",
         retry_after=2,
     )
@@ -237,14 +241,14 @@ def _unavailable(error: Exception) -> errors.Unavailable:
 
 
 class Database:
-    """One SQLite file as one process uses it.
+    """The SQLite file, for one process.
 
-    Small reads run where they are (6 µs on a kept connection), large ones on two threads, writes on the
-    writer. Nothing is opened before `open`.
+    Short reads run in the caller's thread (6 µs on the open connection), long reads on two other threads, writes on
+    the writer thread. Nothing is opened before `open`.
     """
 
     def __init__(self, path: Path, adoption: "sql.AdoptionContext | None" = None) -> None:
-        """`adoption` is what the migration of a legacy database needs of the service."""
+        """`adoption` is what the migration of a legacy database needs from the rest of the service."""
         self.path = path
         self._adoption = adoption
         self.lease = Lease(path.with_name(path.name + ".workers"))
@@ -252,13 +256,18 @@ class Database:
         self._opened: list[Connection] = []
 
     def open(self) -> None:
-        """Opens, migrates, and starts the threads. Raises errors.Unavailable where the file cannot be used."""
+        """Takes a lease, migrates the file, opens it, and starts the threads.
+
+        Raises errors.Unavailable if the file cannot be opened or migrated.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))
         with ExitStack() as undo:
             undo.callback(self._lock.close)
             with self._lock:
-                self.lease.take()  # a `restore` holds the lock while it looks who lives and replaces the file
+                # `restore` holds this lock while it checks for living processes and replaces the file. Without the
+                # lock, a restore could come between the lease and the opening of the file.
+                self.lease.take()
                 undo.callback(self.lease.release)
                 sql.migrate(self.path, self._adoption)
                 writing = connect(self.path, read_only=False)
@@ -270,16 +279,16 @@ class Database:
         self._writer.start()
         for user_id, projects in self.read(sql.select_unclaimed):
             log.warning(
-                "nobody can sign in as user %d, who owns %d projects; give them to an account that can: "
+                "nobody can log in as user %d, who owns %d projects; give them to another account with: "
                 "python database.py claim --from-user %d --to EMAIL",
                 *(user_id, projects, user_id),
             )
 
     def close(self) -> None:
-        """Ends the threads after what was submitted and closes every connection."""
+        """Ends the threads once they have run every submitted job, closes the connections, and releases the lease."""
         self._writer.stop()
         self._threads.shutdown()
-        with self._lock:  # the last connection to close makes a checkpoint
+        with self._lock:  # closing makes a checkpoint, which next to a commit could trigger the bug named in `connect`
             for conn in self._opened:
                 conn.close()
         self._lock.close()
@@ -288,23 +297,26 @@ class Database:
     async def write(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `job(conn, …)` in a transaction and returns its result once that is committed and on disk.
 
-        Raises what the job raised (it alone is undone), errors.Unavailable where SQLite failed. A caller
-        that is cancelled meanwhile does not undo the job.
+        Raises what the job raised, after rolling it back, or errors.Unavailable if SQLite failed. Cancelling the
+        caller does not cancel the job.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[object] = loop.create_future()
         self._writer.submit(_Job(lambda conn: job(conn, *args, **kwargs), loop, future, copy_context()))
-        return await future  # type: ignore[return-value]  # the job's own type, through the queue
+        return await future  # type: ignore[return-value]  # the queue holds futures of `object`; this one has T
 
     def read(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs a small reading `job(conn, …)` at once, on the event loop's own connection."""
+        """Runs a short, reading `job(conn, …)` at once, on the event loop's connection. Raises errors.Unavailable."""
         try:
             return job(self._reader, *args, **kwargs)
         except sqlite3.DatabaseError as error:
             raise _unavailable(error) from error
 
     async def read_aside(self, job: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs a large reading `job(conn, …)` on a thread, so that it holds nobody up."""
+        """Runs a long, reading `job(conn, …)` on another thread, so that it does not block the event loop.
+
+        Raises errors.Unavailable.
+        """
         loop, context = asyncio.get_running_loop(), copy_context()
         read = partial(self._read_in_thread, job, *args, **kwargs)
         return await loop.run_in_executor(self._threads, context.run, read)
@@ -320,11 +332,11 @@ class Database:
             raise _unavailable(error) from error
 
     def version(self) -> int:
-        """A number that changes whenever anybody, in whichever process, has committed."""
+        """Returns a number that changes whenever another connection, in any process, has committed."""
         return int(self._reader.execute("PRAGMA data_version").fetchone()[0])
 
     def write_time(self) -> tuple[int, float]:
-        """How many transactions were committed, and the seconds they took together."""
+        """Returns the number of write transactions, and the seconds that they took in total."""
         return self._writer.commits, self._writer.seconds
 
 

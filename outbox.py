@@ -1,4 +1,4 @@
-"""The outbox: what a delete leaves to do outside the database, and doing it until it is done."""
+"""Runs the jobs of the outbox: the removals outside the database that a delete requires, retried until they succeed."""
 
 import asyncio
 import logging
@@ -17,16 +17,16 @@ from sql import OutboxJob
 
 log = logging.getLogger("clawd.turns")
 
-RETRY_AT_MOST = 30  # seconds between two tries of a job
+RETRY_AT_MOST = 30  # maximum seconds between two attempts at a job
 
 
 class Outbox:
-    """The outbox of a database, as one process works on it."""
+    """Runs the jobs in the outbox of a database that this process owns."""
 
     def __init__(
         self, db: Database, openclaw: gateway.Gateway, images: image_handler.ImageStore, projects: Path
     ) -> None:
-        """`projects` is the folder below which project folders may be removed."""
+        """`projects` is PROJECTS_DIR. A folder that is not below it is never removed."""
         self._db = db
         self._gateway = openclaw
         self._images = images
@@ -34,19 +34,22 @@ class Outbox:
         self._tasks = Tasks()
 
     async def close(self) -> None:
-        """Returns when nothing is being done any more."""
+        """Waits until all jobs that run in the background have ended."""
         while self._tasks:
             await self._tasks.wait()
 
     async def run_due_jobs(self) -> None:
-        """Claims the jobs that are due and nobody's, and runs them as `run` does."""
+        """Claims the jobs that are due and unowned, and runs them as `run` does."""
         if not self._db.read(sql.has_due_outbox_jobs, time.time()):
             return
         await self.run(await self._db.write(sql.claim_outbox_jobs, self._db.lease.name, time.time()))
 
     async def run(self, jobs: Sequence[OutboxJob]) -> None:
-        """Runs jobs that this worker owns. Returns when folders and images are gone; the gateway, which may be
-        down, is not waited for."""
+        """Runs jobs that this worker owns. A job that fails is postponed and released, for any worker to claim.
+
+        Returns after one attempt at each folder and image. Sessions in the gateway are deleted in the background,
+        since the gateway may be down.
+        """
         for job in jobs:
             if job.kind != "gateway_session":
                 await self._do(job)
@@ -61,7 +64,7 @@ class Outbox:
     async def _do(self, job: OutboxJob) -> None:
         try:
             if job.kind == "gateway_session":
-                agent_id, session_key = job.target.split(" ", 1)  # a key of old may have a space, an agent none
+                agent_id, session_key = job.target.split(" ", 1)  # a legacy session key may contain a space
                 await self._gateway.delete_session(agent_id, session_key)
             elif job.kind == "images":
                 await asyncio.to_thread(self._images.remove_session, job.target)
@@ -78,4 +81,4 @@ class Outbox:
         if file_utils.is_below(self._projects, folder):
             file_utils.remove_tree(folder)
         else:
-            log.warning("%s is not below PROJECTS_DIR: it is left as it is", folder)
+            log.warning("keeping the project folder %s, because it is not below PROJECTS_DIR", folder)

@@ -1,4 +1,4 @@
-"""What a user keeps: projects, sessions and files, with their folders and routes."""
+"""The routes of projects, sessions and project files, and the creation of project folders."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.projects")
 
-MAX_FILE = 10 * 1024 * 1024  # bytes, contract
+MAX_FILE = 10 * 1024 * 1024  # bytes; docs/api.md states this limit
 
 router = APIRouter()
 
@@ -52,7 +52,7 @@ class ProjectOut(BaseModel):
 
 class SessionIn(Body):
     label: Label | None = None
-    agent_id: AgentId | None = Field(None, description="`main` unless given.")
+    agent_id: AgentId | None = Field(None, description="Id of the agent in OpenClaw. Default: `main`.")
 
 
 class SessionChange(Body):
@@ -64,7 +64,9 @@ class SessionOut(BaseModel):
     id: int
     project_id: int
     session_key: str
-    label: str | None = Field(description="Null until the first message gives it its opening words.")
+    label: str | None = Field(
+        description="If no label was set: null, and after the first message the first words of that message."
+    )
     archived: Literal[0, 1]
     scope: str
     channel: str
@@ -81,15 +83,15 @@ class Deleted(BaseModel):
 class FileNode(BaseModel):
     type: Literal["file", "folder"]
     name: str
-    path: str = Field(description="Relative to the project's root, with `/`.")
-    size: int | None = Field(None, description="Bytes; files only.")
-    children: "list[FileNode] | None" = Field(None, description="Folders only.")
+    path: str = Field(description="Path relative to the project's folder, with `/` between names.")
+    size: int | None = Field(None, description="Size in bytes. Only for files.")
+    children: "list[FileNode] | None" = Field(None, description="Content of the folder. Only for folders.")
 
 
 class FileOut(BaseModel):
     content: str = Field(description="Empty for a binary file.")
     is_binary: bool
-    size: int = Field(description="Bytes.")
+    size: int = Field(description="Size in bytes.")
 
 
 class FileIn(Body):
@@ -98,7 +100,7 @@ class FileIn(Body):
 
 class FileWritten(BaseModel):
     success: Literal[True] = True
-    size: int = Field(description="Bytes.")
+    size: int = Field(description="Size in bytes.")
 
 
 # --- projects -----------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class FileWritten(BaseModel):
 
 @router.get("/projects", tags=["projects"])
 async def list_projects(user: CurrentUser, parts: OpenParts) -> list[ProjectOut]:
-    """The user's projects, newest first."""
+    """Returns the user's projects, newest first."""
     return [_project_out(project) for project in parts.db.read(sql.select_projects, user.id)]
 
 
@@ -114,7 +116,7 @@ async def list_projects(user: CurrentUser, parts: OpenParts) -> list[ProjectOut]
     "/projects", status_code=status.HTTP_201_CREATED, tags=["projects"], openapi_extra=errors.raises("disk_unavailable")
 )
 async def create_project(body: ProjectIn, user: CurrentUser, parts: OpenParts) -> ProjectOut:
-    """Makes a project and its folder with a `README.md`: both, or neither."""
+    """Creates a project, and its folder with a `README.md`. If either fails, neither remains."""
     return _project_out(await completed(_create(parts, user.id, body)))
 
 
@@ -124,7 +126,7 @@ async def _create(parts: Parts, user_id: int, body: ProjectIn) -> sql.Project:
 
 
 async def _give_folder(parts: Parts, project: sql.Project) -> str:
-    """The folder of a project of old that has none: a new one, or what another request gave it meanwhile."""
+    """Returns the folder of a legacy project that had none: a new one, or the one of a concurrent request."""
     async with _new_folder(parts, project.name, project.description) as (folder, job):
         given = await parts.db.write(sql.update_project_path, project.id, folder, job.id)
     if given != folder:
@@ -134,10 +136,13 @@ async def _give_folder(parts: Parts, project: sql.Project) -> str:
 
 @asynccontextmanager
 async def _new_folder(parts: Parts, name: str, description: str | None) -> AsyncIterator[tuple[str, sql.OutboxJob]]:
-    """A new folder below PROJECTS_DIR, and the job that removes it unless a row of ours calls that off."""
+    """Creates a folder below PROJECTS_DIR. Yields its path, and the outbox job that removes it.
+
+    The block must store the path and delete the job in one transaction. If the block raises, the job runs.
+    """
     stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     folder = parts.settings.projects / f"{file_utils.slug(name)}_{stamp}"
-    # Whoever finds this job after we died removes a folder that has no row.
+    # The job is stored before the folder exists: if this process dies here, another worker removes the folder.
     job = await parts.db.write(sql.insert_outbox_job, "folder", str(folder), parts.turns.owner)
     try:
         await asyncio.to_thread(_make_folder, folder, name, description)
@@ -155,19 +160,19 @@ def _make_folder(folder: Path, name: str, description: str | None) -> None:
 
 @router.get("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def read_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> ProjectOut:
-    """One project."""
+    """Returns a project."""
     return _project_out(parts.db.read(sql.select_project, user.id, project_id))
 
 
 @router.put("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def change_project(project_id: Id, body: ProjectChange, user: CurrentUser, parts: OpenParts) -> ProjectOut:
-    """Changes what the body names; the folder keeps its name."""
+    """Changes the fields that the body contains. The project's folder keeps its name."""
     return _project_out(await parts.db.write(sql.update_project, user.id, project_id, body.name, body.description))
 
 
 @router.delete("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def delete_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
-    """Stops what runs in the project and deletes it: rows, images, folder, and its sessions in the gateway."""
+    """Stops the project's turns; deletes it with its sessions, messages, images and folder, and in the gateway."""
     await parts.turns.delete(sql.delete_project, user.id, project_id)
     return Deleted(message="Project deleted")
 
@@ -184,9 +189,9 @@ async def list_sessions(
     project_id: Id,
     user: CurrentUser,
     parts: OpenParts,
-    archived: Annotated[bool, Query(description="The archived ones, instead of the others.")] = False,
+    archived: Annotated[bool, Query(description="Return the archived sessions instead of the others.")] = False,
 ) -> list[SessionOut]:
-    """The sessions of a project, newest first."""
+    """Returns the sessions of a project, newest first."""
     sessions = parts.db.read(sql.select_sessions, user.id, project_id, archived)
     return [_session_out(session) for session in sessions]
 
@@ -200,7 +205,7 @@ async def list_sessions(
 async def create_session(
     project_id: Id, user: CurrentUser, parts: OpenParts, body: SessionIn | None = None
 ) -> SessionOut:
-    """Makes a session, a conversation of its own with an agent."""
+    """Creates a session, which is a separate conversation with an agent."""
     body = body or SessionIn()
     session = await parts.db.write(sql.insert_session, user.id, project_id, body.label, body.agent_id or "main")
     return _session_out(session)
@@ -208,13 +213,13 @@ async def create_session(
 
 @router.put("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
 async def change_session(session_id: Id, body: SessionChange, user: CurrentUser, parts: OpenParts) -> SessionOut:
-    """Renames a session, archives it, or takes it out of the archive."""
+    """Renames, archives or unarchives a session."""
     return _session_out(await parts.db.write(sql.update_session, user.id, session_id, body.label, body.archived))
 
 
 @router.delete("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
 async def delete_session(session_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
-    """Stops what runs in the session and deletes it: rows, images, and its session in the gateway."""
+    """Stops the session's turns; deletes it with its messages and images, and in the gateway."""
     return await _delete_session(parts, user.id, session_id, None)
 
 
@@ -222,7 +227,7 @@ async def delete_session(session_id: Id, user: CurrentUser, parts: OpenParts) ->
     "/projects/{project_id}/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found")
 )
 async def delete_session_of_project(project_id: Id, session_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
-    """The same as `DELETE /sessions/{session_id}`, for a session of that project."""
+    """Deletes a session of this project, like `DELETE /sessions/{session_id}`."""
     return await _delete_session(parts, user.id, session_id, project_id)
 
 
@@ -245,7 +250,7 @@ def _session_out(session: sql.Session) -> SessionOut:
     openapi_extra=errors.raises("project_not_found", "file_not_found", "disk_unavailable"),
 )
 async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> list[FileNode]:
-    """The project's files and folders, each level sorted by name. Links are neither shown nor followed."""
+    """Returns the project's files and folders, each level sorted by name. Links are neither shown nor followed."""
     project = parts.db.read(sql.select_project, user.id, project_id)
     if not project.project_path:
         return []
@@ -261,7 +266,7 @@ async def list_files(project_id: Id, user: CurrentUser, parts: OpenParts) -> lis
     ),
 )
 async def read_file(project_id: Id, path: str, user: CurrentUser, parts: OpenParts) -> FileOut:
-    """A file's text, or the news that it is binary."""
+    """Returns a file's text. A file that is not text has `is_binary: true` and empty `content`."""
     project = parts.db.read(sql.select_project, user.id, project_id)
     if not project.project_path:
         raise errors.NotFound("There is no such file.", code="file_not_found")
@@ -282,10 +287,10 @@ async def read_file(project_id: Id, path: str, user: CurrentUser, parts: OpenPar
     ),
 )
 async def write_file(project_id: Id, path: str, body: FileIn, user: CurrentUser, parts: OpenParts) -> FileWritten:
-    """Writes a file, and the folders above it: all of the new content is there afterwards, or all of the old."""
+    """Writes a file, and creates missing folders. If that fails, the file keeps its old content."""
     data = body.content.encode()
     if len(data) > MAX_FILE:
-        raise errors.TooLarge("A file may have 10 MB at most.", code="file_too_large")
+        raise errors.TooLarge("The content is too large. A file may have at most 10 MB.", code="file_too_large")
     project = parts.db.read(sql.select_project, user.id, project_id)
     root = project.project_path or await completed(_give_folder(parts, project))
     await asyncio.to_thread(file_utils.write_file, Path(root), path, data)

@@ -1,4 +1,4 @@
-"""A reply as its readers see it, and the states in which it is final."""
+"""A reply as its readers see it, and the statuses in which it is final."""
 
 import asyncio
 from bisect import bisect_right
@@ -9,7 +9,7 @@ FINAL = frozenset({"complete", "stopped", "interrupted", "failed", "empty"})
 
 
 class LiveReply:
-    """A reply as the readers in this process see it, fed by the turn that runs here or from its row.
+    """A reply as the readers in this process see it. If another process runs its turn, it follows the reply's row.
 
     Offsets and lengths are in characters (Unicode code points).
     """
@@ -23,7 +23,7 @@ class LiveReply:
         self.usage = row.usage
         self.error = row.error
         self.run_id: str | None = None
-        self.first_after: float | None = None  # seconds from asking the gateway, where it was asked here
+        self.first_after: float | None = None  # seconds from the request to the first text, if made here
         self.length = 0
         self._parts: list[str] = []
         self._ends: list[int] = []
@@ -32,7 +32,7 @@ class LiveReply:
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing will change any more."""
+        """True if the reply has ended and will not change any more."""
         return self.status in FINAL
 
     def append(self, text: str) -> None:
@@ -44,7 +44,7 @@ class LiveReply:
             self.wake()
 
     def text(self, after: int = 0, limit: int | None = None) -> str:
-        """The text from offset `after` on, at most about `limit` characters of it."""
+        """Returns text from offset `after` on: all of it, or at most `limit` characters even if more follow."""
         at = bisect_right(self._ends, after)
         if at == len(self._parts):
             return ""
@@ -56,7 +56,7 @@ class LiveReply:
         return text if limit is None else text[:limit]
 
     def follow(self, row: Reply | None) -> None:
-        """Takes over what the row says; a row that is gone was deleted with its session."""
+        """Updates the reply from its row. None stands for a row that was deleted: the reply ends as `stopped`."""
         if row is None:
             self.end("stopped", None, None)
             return
@@ -70,13 +70,13 @@ class LiveReply:
         self.wake()
 
     def wake(self) -> None:
-        """Lets everybody look again."""
+        """Wakes all readers, so that each checks what has changed."""
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             _resolve(waiter)
 
     async def change(self, seconds: float) -> None:
-        """Returns at the next change, or after so many seconds."""
+        """Waits for the next change, at most `seconds`."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         timer = loop.call_later(seconds, _resolve, waiter)
@@ -87,7 +87,7 @@ class LiveReply:
             timer.cancel()
 
     async def finished(self) -> None:
-        """Returns once nothing will change any more."""
+        """Waits until the reply is final."""
         while not self.is_final:
             await self.change(60)
 

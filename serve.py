@@ -1,12 +1,14 @@
-"""How the service starts, hands over and stops.
+"""The program that PM2 and the start scripts run: starts the service, restarts it without downtime, and stops it.
 
-Under PM2 a restart costs nobody anything. PM2 runs a small *front*, which imports nothing of the app; the app
-runs in a *worker*, a process in a session of its own that PM2's kill of the process tree does not see. PM2 kills
-the front, and the worker serves on. The next front gets the listening socket from it over a Unix socket, starts a
-worker of the new code, and once that is ready tells the old one to retire: it takes no more connections, finishes
-what it has, and goes. A worker whose front does not come back goes too: that is `pm2 stop`.
+Under PM2, a restart interrupts no request and no stream. PM2 runs a small process, the *front*, which does not import
+the app. The app runs in a *worker*, a daemon process in its own session, which PM2 does not find when it kills the
+process tree of the front. So `pm2 restart` kills only the front, and the worker continues to serve. The next front
+receives the listening socket from the worker over a Unix socket, starts a worker with the new code, and tells the old
+worker to retire once the new one is ready. A retiring worker accepts no new connections, finishes its replies and
+streams, and exits. `pm2 stop` also kills only the front; the worker stops when no other front connects to it in time.
 
-Without PM2 it is one process that behaves as any server. `uvicorn app:app` works without all this.
+Without PM2, the service is one process, which runs until Ctrl-C or SIGTERM. `uvicorn app:app` serves the app without
+this program.
 """
 
 import argparse
@@ -19,22 +21,29 @@ from handover import CHECKOUT, PORT_TAKEN, UNUSABLE, Front, GuardedWorker, Worke
 
 
 def main() -> int:
-    """Runs what the command line says. Returns the exit status."""
-    parser = argparse.ArgumentParser(description="Serves the app. Without --front, as one process, until Ctrl-C.")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--front", metavar="SCRIPT", help="run under PM2; SCRIPT --prepare checks and installs")
-    parser.add_argument("--pm2", metavar="FD", type=int, help="where PM2 hears that the front is ready")
+    """Runs a front, a worker, or the service as one process, as the command line says. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Serves the app as one process, until Ctrl-C or SIGTERM. With --front, runs the front for PM2."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, required=True, help="TCP port to listen on")
+    parser.add_argument(
+        "--front",
+        metavar="SCRIPT",
+        help="run the front, which starts the app in a worker process; before that it runs SCRIPT, with --check or "
+        "--prepare, to check the branch and to update venv/",
+    )
+    parser.add_argument("--pm2", metavar="FD", type=int, help="file descriptor on which PM2 expects the ready message")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.chdir(CHECKOUT)
     if options.front:
         if options.pm2 is not None:
-            os.set_inheritable(options.pm2, False)  # it is the front's alone
+            os.set_inheritable(options.pm2, False)  # a worker would keep PM2's channel open
         try:
             front = Front(options.host, options.port, ["bash", options.front], options.pm2)
         except OSError as error:
-            log_line(f"{error.filename} cannot be used: {error.strerror}; it must belong to the user who runs this")
+            log_line(f"{error.filename} cannot be used: {error.strerror}; it must belong to the user of the service")
             return UNUSABLE
         return front.run()
     if options.worker:
@@ -44,10 +53,11 @@ def main() -> int:
         try:
             worker = Worker(listen(options.host, options.port))
         except OSError as error:
-            log_line(f"port {options.port} cannot be had: {error.strerror}")
+            log_line(f"cannot listen on port {options.port}: {error.strerror}")
             return PORT_TAKEN
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file
+    # Each connection takes a file descriptor, and the usual soft limit of 1,024 would cap the number of streams.
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     return 0 if worker.run() else 1
 
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Starts the development service. What it does lies in start-backend.sh, so that the two cannot drift apart.
+# Starts the development service from this checkout. start-backend.sh contains the code of both services, so that they
+# are checked and started in the same way.
 set -euo pipefail
 exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/start-backend.sh" --as-development "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Starts the service from this checkout; start-backend-dev.sh comes here too, with --as-development in front.
+# Starts the production service from this checkout, or with --as-development, which start-backend-dev.sh passes, the
+# development service.
 set -euo pipefail
 
 usage() {
@@ -7,23 +8,25 @@ usage() {
 Usage: ./$NAME [--check | --prepare | --demo [--port N]]
 
 Starts the $KIND service on port $USUAL_PORT. docs/operate.md lists the branches that it runs from.
-Settings come from the environment or from a file .env beside this script.
+Settings come from the environment or from a file .env next to this script.
 
-  --check     do everything but start: find Python, build venv/, check branch and port
-  --prepare   the same, but for the port: what is to run there may take it over
-  --demo      no gateway and no settings needed, any branch: a stand-in gateway, a temporary
-              database, and the curl lines of a first chat; on 127.0.0.1 only
-  --port N    another port; with --demo only
-  --help      this text
+  --check     check the branch, create or update venv/, and check the port, but do not start
+  --prepare   like --check, but do not check the port, because a running service will hand it over
+  --demo      start the service with a stand-in for the gateway and a temporary database, and print
+              the curl commands of a first chat; needs no settings and no particular branch, and
+              listens on 127.0.0.1 only
+  --port N    use this port; only with --demo
+  --help      print this text
 
-PYTHON=... names the Python to use (3.11 or newer).
-Exit status: 2 wrong options, 3 wrong branch, 4 port in use, 5 run/ cannot be used, 1 anything else.
+Environment: PYTHON=/path/to/python3 selects the Python to use (3.11 or newer).
+Exit status: 2 wrong options, 3 wrong branch, 4 the port is already in use, 5 the directory run/
+cannot be used, 1 any other failure.
 END
 }
 
 say() { printf '%s: %s\n' "$NAME" "$1" >&2; }
 
-# fail MESSAGE [STATUS]
+# fail MESSAGE [STATUS]: prints the message and exits, with status 1 by default.
 fail() {
   say "$1"
   exit "${2:-1}"
@@ -39,16 +42,16 @@ read_options() {
       --port)
         PORT=${2:-}
         if ! [[ $PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((PORT > 65535)); then
-          fail "--port needs a number from 1 to 65535." 2
+          fail "--port requires a number from 1 to 65535." 2
         fi
         shift
         ;;
       -h | --help) usage && exit ;;
-      *) fail "There is no option '$1'. See ./$NAME --help" 2 ;;
+      *) fail "Unknown option: $1. See ./$NAME --help" 2 ;;
     esac
     shift
   done
-  [[ -z $PORT || -n $DEMO ]] || fail "--port goes with --demo only; the $KIND service is on $USUAL_PORT." 2
+  [[ -z $PORT || -n $DEMO ]] || fail "--port is allowed only with --demo; the $KIND service uses port $USUAL_PORT." 2
   PORT=${PORT:-$USUAL_PORT}
 }
 
@@ -61,18 +64,19 @@ find_python() {
       PYTHON=$candidate
       return
     fi
-    [[ $candidate != "${PYTHON:-}" ]] || fail "PYTHON=$PYTHON is no Python 3.11 or newer. Correct it or unset it."
+    [[ $candidate != "${PYTHON:-}" ]] || fail "PYTHON=$PYTHON is not Python 3.11 or newer. Correct it or unset it."
   done
-  fail "Python 3.11 or newer is needed and was not found. Install it, or name it with PYTHON=/path/to/python3."
+  fail "Python 3.11 or newer was not found. Install it, or set PYTHON=/path/to/python3."
 }
 
-# The rule lives in checkout.py, which /health uses too.
+# checkout.py defines which branch may run which service; the app imports it too, for /health.
 check_branch() {
   local refused
   refused=$("$PYTHON" checkout.py "$KIND") || fail "$refused" 3
 }
 
-# One line for what an environment is built with, one for what goes into it.
+# Prints what venv/ depends on, in two lines: the Python version and the path; the SHA-256 of requirements.lock.
+# venv/.stamp contains what they were when it was built.
 describe_venv() {
   "$PYTHON" - <<'END'
 import hashlib, pathlib, sys
@@ -81,22 +85,22 @@ print(hashlib.sha256(pathlib.Path("requirements.lock").read_bytes()).hexdigest()
 END
 }
 
-# Runs quietly; shows what the command said only if it fails.
+# Runs a command, and shows its output only if it fails.
 quietly() {
   local output
-  output=$("$@" 2>&1) || fail "This failed: $*
+  output=$("$@" 2>&1) || fail "This command failed: $*
 $output"
 }
 
-# Another Python needs another environment: it takes the place of the one before, on which a service may be
-# running, when it is whole.
+# Builds an environment for another Python next to the old one and renames it once it is complete, because a service
+# may be running on the old one.
 replace_venv() {
   quietly rm -rf venv.new venv.old
   quietly "$PYTHON" -m venv venv.new
   quietly venv.new/bin/python -m pip install "$@" --require-hashes -r requirements.lock
   [[ ! -d venv ]] || mv venv venv.old
   mv venv.new venv
-  quietly "$PYTHON" -m venv venv # its scripts name their place
+  quietly "$PYTHON" -m venv venv # rewrites the activation scripts, which contain the old path
   rm -rf venv.old
 }
 
@@ -107,13 +111,14 @@ build_venv() {
   [[ $found != "$wanted" ]] || return 0
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$PYTHON has no module venv. On Debian and Ubuntu: apt-get install python3-venv"
-  say "Installing what requirements.lock names into venv/; this takes a minute."
+  say "Installing the packages of requirements.lock into venv/; this takes about a minute."
   if [[ ${found%%$'\n'*} != "${wanted%%$'\n'*}" ]]; then
     replace_venv "${options[@]}"
   elif [[ $found == "${wanted%%$'\n'*}" ]]; then
-    options+=(--force-reinstall) # the last time it did not come to its end
+    options+=(--force-reinstall) # the last installation was interrupted and may have left incomplete packages
   fi
-  # A service may be running on it: it is mended in place, and counts as whole with the second line only.
+  # The packages are installed in place, because a service may be running on them. The stamp gets its second line only
+  # afterwards, so that the next start repeats an interrupted installation.
   printf '%s\n' "${wanted%%$'\n'*}" >venv/.stamp
   quietly venv/bin/python -m pip install "${options[@]}" --require-hashes -r requirements.lock
   printf '%s\n' "$wanted" >venv/.stamp
@@ -121,7 +126,7 @@ build_venv() {
 
 refresh_venv() {
   (
-    flock --nonblock 9 || { say "Another start is building venv/; waiting for it." && flock 9; }
+    flock --nonblock 9 || { say "Another start script is updating venv/, waiting until it is done." && flock 9; }
     build_venv
   ) 9<.
 }
@@ -138,11 +143,13 @@ with socket.socket() as probe:
         sys.exit(error.strerror)
 END
   ) && return
-  holder=$(ss -Hltnp "sport = :$PORT" 2>/dev/null | sed -nE 's/.*pid=([0-9]+).*/, by process \1/p' | head -n 1) || holder=''
-  fail "Port $PORT cannot be had: ${problem,}$holder. Stop what uses it${DEMO:+, or choose another with --port}." 4
+  [[ $problem == 'Address already in use' ]] || fail "Cannot listen on $HOST:$PORT: $problem." 4
+  holder=$(ss -Hltnp "sport = :$PORT" 2>/dev/null | sed -nE 's/.*pid=([0-9]+).*/process \1/p' | head -n 1) || holder=''
+  holder=${holder:-another process}
+  fail "Port $PORT is already in use by $holder. Stop that process${DEMO:+, or choose another port with --port}." 4
 }
 
-# The database of development is another one, unless the environment or .env names one.
+# Sets a database of its own for development, unless the environment or .env sets DB_PATH.
 choose_database() {
   [[ $KIND == development ]] || return 0
   if ! grep -qiE "^\s*(export\s+)?DB_PATH\s*=\s*[\"']?[^\"'#[:space:]]" .env 2>/dev/null; then
@@ -150,7 +157,8 @@ choose_database() {
   fi
 }
 
-# Becomes what PM2 runs: it calls this script again, with --prepare, each time that it starts the service.
+# Replaces this script by the front (see serve.py). Before it starts a worker, the front calls this script again, with
+# --check or --prepare.
 serve_under_pm2() {
   exec "$PYTHON" serve.py --host "$HOST" --port "$PORT" --front "./$NAME" \
     ${NODE_CHANNEL_FD:+--pm2 "$NODE_CHANNEL_FD"}
@@ -159,7 +167,7 @@ serve_under_pm2() {
 serve() {
   local options=(--host "$HOST" --port "$PORT") directory
   [[ $KIND == development ]] || exec venv/bin/python serve.py "${options[@]}"
-  # Agents write code below projects/, and it is no reason to restart. Only what exists can be excluded.
+  # Agents write code below projects/, which must not restart the service. uvicorn excludes only directories that exist.
   mkdir -p projects
   options+=(--no-access-log --timeout-graceful-shutdown 10 --reload)
   for directory in projects tests venv; do options+=(--reload-exclude "$PWD/$directory"); done
@@ -173,7 +181,7 @@ demo() {
   trap end_demo EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
-  env -i PATH="$PATH" venv/bin/python -m tests.stand_in --demo --token "$DEMO_TOKEN" \
+  env -i PATH="$PATH" venv/bin/python demo.py --token "$DEMO_TOKEN" \
     --port-file "$DEMO_DIR/port" >&2 &
   DEMO_PIDS+=($!)
   wait_for $! "The stand-in gateway" test -s "$DEMO_DIR/port"
@@ -254,7 +262,7 @@ main() {
   cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
   find_python
   choose_database
-  # PM2 sets pm_id.
+  # PM2 sets pm_id. The front inherits it and passes it on to this script when it calls it with --check or --prepare.
   [[ -z ${pm_id:-} || -n $CHECK$PREPARE$DEMO ]] || serve_under_pm2
   [[ -n $DEMO ]] || check_branch
   refresh_venv

@@ -1,8 +1,9 @@
-"""Turns: what becomes of a message once it is sent, whoever listens.
+"""The life of a turn: one user message and the work of getting the agent's reply to it.
 
-A turn is a task of the process, not of a request. It reads the gateway into memory, for the readers here, and
-into its row, which is the truth: another process follows the row. What deletes leave to be done outside the
-database is seen to here as well, by the same lease that tells the living from the dead.
+A turn is a task of the process, not of a request, so it continues when its client disconnects. It reads the gateway's
+stream into a `LiveReply`, for the readers in this process, and stores the text in the reply's row, which is the source
+of truth: other processes follow the row. `Turns` also recovers the turns of dead workers and runs outbox jobs. A worker
+is dead if nothing holds the lock of its lease.
 """
 
 import asyncio
@@ -32,27 +33,27 @@ P = ParamSpec("P")
 
 log = logging.getLogger("clawd.turns")
 
-STORE_EVERY = 0.2  # seconds from a text's arrival to its writing; contract: stored within 250 ms
-WATCH_EVERY = 0.1  # seconds between looks at what other processes did
-TEND_EVERY = 3.0  # seconds between looks for what the dead left; contract: within 15 s
-STOP_WITHIN = 3.0  # seconds that a stop waits for the end of a turn, in whichever process
-LABEL_LENGTH = 60  # characters of a label taken from the first message
-RETRY_AFTER = 0.3  # seconds before the one retry of a refused connection
+STORE_EVERY = 0.2  # seconds between two writes of the texts that grew; docs/reliability.md promises 250 ms
+WATCH_EVERY = 0.1  # seconds between two checks for commits of other processes
+REAP_EVERY = 3.0  # seconds between two searches for turns of dead workers; docs/reliability.md promises 15 s
+STOP_WITHIN = 3.0  # seconds that a stop waits for a turn to end, in this process or another one
+LABEL_LENGTH = 60  # maximum characters of a session label that is taken from a message
+RETRY_AFTER = 0.3  # seconds before the only retry, which follows a failure to connect to the gateway
 
 
 class Said(NamedTuple):
-    """What a user says: text and pictures."""
+    """The content of a user's message: text and images."""
 
     text: str
     images: Sequence[image_handler.Image]
 
     def digest(self) -> str:
-        """Stands for what is said: the same message sent again has the same digest."""
+        """Returns a SHA-256 of text and images in hexadecimal. The same message sent again has the same digest."""
         parts = [self.text, *(image.digest for image in self.images)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def label(self) -> str:
-        """Its opening words, for a session that has no label."""
+        """Returns the first words of the text, to be the label of a session that has none."""
         words = " ".join(self.text.split())
         return words if len(words) <= LABEL_LENGTH else words[:LABEL_LENGTH].rsplit(" ", 1)[0] + "…"
 
@@ -74,7 +75,8 @@ def _failed(error: errors.AppError) -> Outcome:
 def _interrupted() -> Outcome:
     return _failed(
         errors.Interrupted(
-            "The service stopped while the reply was on its way; what came until then is kept. Send the message again.",
+            "The service stopped before the reply was complete. The text that had arrived is kept. "
+            "Send the message again.",
             retryable=True,
         )
     )
@@ -82,16 +84,16 @@ def _interrupted() -> Outcome:
 
 @dataclass(slots=True)
 class _Running:
-    """A turn that this process sees through."""
+    """A turn that this process runs."""
 
     reply: LiveReply
-    work: "asyncio.Task[Outcome]"  # what a stop cancels
-    stored: tuple[int, str | None]  # characters and run id in the row
-    ending: Outcome | None = None  # what the work was cancelled for
+    work: "asyncio.Task[Outcome]"  # the task that a stop cancels
+    stored: tuple[int, str | None]  # number of characters and run id that are in the row
+    ending: Outcome | None = None  # the outcome to store if the task is cancelled
 
 
 class Turns:
-    """The turns of one process, and what they have in common with those of others on the same database."""
+    """The turns of one process. Its database coordinates them with those of other processes."""
 
     def __init__(
         self,
@@ -111,63 +113,64 @@ class Turns:
         self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
         self._running: dict[int, _Running] = {}
         self._tasks = Tasks()
-        self._seen = -1
+        self._seen_version = -1  # of the database, at the last `_watch`
         self.draining = False
 
     @property
     def owner(self) -> str:
-        """This process's name as a worker."""
+        """The name of this worker's lease, which is stored as the owner of its turns."""
         return self._db.lease.name
 
-    # --- the life of the engine ---
+    # --- start and end ---
 
     def open(self) -> None:
-        """Starts what goes on beside the requests: storing, watching, tending."""
-        self._beside = [
+        """Starts the periodic tasks: store texts, watch other processes, reap dead workers."""
+        self._periodic = [
             asyncio.create_task(repeat(STORE_EVERY, self._store_texts, log)),
             asyncio.create_task(repeat(WATCH_EVERY, self._watch, log)),
-            asyncio.create_task(repeat(TEND_EVERY, self._tend, log)),
+            asyncio.create_task(repeat(REAP_EVERY, self._reap, log)),
         ]
 
     @property
     def running(self) -> int:
-        """How many turns run in this process."""
+        """The number of turns that this process runs."""
         return len(self._running)
 
     async def retire(self) -> None:
-        """Leaves what waits to other processes, and takes nothing over any more. What runs here runs on."""
+        """Releases the queued turns to other processes and claims no more work. Running turns continue."""
         self.draining = True
         try:
             await self._db.write(sql.release_waiting, self.owner)
         except errors.Unavailable:
-            log.error("what waits here could not be left to others; they take it when this process has ended")
+            log.error("could not release this worker's queued turns; other workers claim them when it has ended")
 
     async def end(self) -> None:
-        """Lets running turns finish; past `DRAIN_SECONDS` they end as `interrupted`, with all that came."""
+        """Lets running turns finish. After `DRAIN_SECONDS` they end as `interrupted` and keep the text so far."""
         await self.retire()
         if self._running:
-            log.info("waiting up to %g s for %d turns", self._drain_seconds, len(self._running))
+            log.info("waiting up to %g s for %d running turns to finish", self._drain_seconds, len(self._running))
             await asyncio.wait([running.work for running in self._running.values()], timeout=self._drain_seconds)
         while self._tasks:
-            for reply_id in list(self._running):  # those too that were begun meanwhile
+            # Requests may have begun more turns during the wait, so each round cancels all that are running then.
+            for reply_id in list(self._running):
                 self._cancel(reply_id, _interrupted())
             await self._tasks.wait(seconds=0.1)
         await self._outbox.close()
 
     async def close(self) -> None:
-        """Ends the turns and what goes on beside them."""
+        """Ends the turns as `end` does, then the periodic tasks."""
         await self.end()
-        for task in self._beside:
+        for task in self._periodic:
             task.cancel()
-        await asyncio.gather(*self._beside, return_exceptions=True)
+        await asyncio.gather(*self._periodic, return_exceptions=True)
 
     # --- beginning and reading ---
 
     async def begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
-        """Stores a message and sees to its reply; returns the reply, and whether it was begun before with the
-        same idempotency key.
+        """Stores a message and begins its turn, running or queued. `key` is the idempotency key.
 
-        A caller that is cancelled meanwhile leaves no turn without a task. Raises errors.NotFound,
+        Returns the reply, and True if an earlier call with the same key had begun the turn. Completes even if the
+        caller is cancelled: otherwise a stored turn could be left without a task. Raises errors.NotFound,
         errors.TooMany, errors.Unprocessable as `sql.begin_turn` does.
         """
         return await completed(self._begin(user_id, session_key, said, key))
@@ -190,15 +193,16 @@ class Turns:
                 image.discard()
         reply = self.reply(begun.reply_id)
         if reply is None:
-            raise errors.NotFound("The session was deleted meanwhile.", code="session_not_found")
+            raise errors.NotFound("The session was deleted while the message was sent.", code="session_not_found")
         if reply.status == "streaming" and not begun.existing:
             self._start(reply, self._ask, asked_here=True)
         elif self.draining:
+            # This worker claims nothing any more: without the release, the turn would be queued until it ends.
             await self._db.write(sql.release_waiting, self.owner)
         return reply, begun.existing
 
     def reply(self, reply_id: int) -> LiveReply | None:
-        """A reply to read from, live while it runs in whichever process; None where there is none."""
+        """Returns a reply, live while it runs in this process or another one; None if it does not exist."""
         reply = self._replies.get(reply_id)
         if reply is None:
             row = self._db.read(sql.select_reply, reply_id)
@@ -224,7 +228,7 @@ class Turns:
             task = asyncio.create_task(work(reply), context=context)
             running = _Running(reply, task, (reply.length, None))
             self._running[reply.id] = running
-            self._tasks.spawn(self._see_through(running), context)
+            self._tasks.spawn(self._supervise(running), context)
 
     def _cancel(self, reply_id: int, ending: Outcome) -> None:
         running = self._running.get(reply_id)
@@ -232,7 +236,7 @@ class Turns:
             running.ending = ending
             running.work.cancel()
 
-    async def _see_through(self, running: _Running) -> None:
+    async def _supervise(self, running: _Running) -> None:
         reply, started = running.reply, time.monotonic()
         outcome = await self._outcome(running)
         try:
@@ -258,8 +262,8 @@ class Turns:
         except asyncio.CancelledError:
             return running.ending or _interrupted()
         except Exception:
-            log.exception("our own code failed in reply %d", running.reply.id)
-            return _failed(errors.AppError("The service failed while it made this reply; its log says why."))
+            log.exception("unexpected error in the turn of reply %d, ending it as failed", running.reply.id)
+            return _failed(errors.AppError("An internal error ended this reply. Its cause is in the service's log."))
 
     async def _finish(self, reply: LiveReply, outcome: Outcome) -> None:
         ending = sql.Ending(outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error)
@@ -269,16 +273,17 @@ class Turns:
                 await self._db.write(sql.finish_turn, reply.id, self.owner, ending)
                 stored = True
             except errors.Unavailable:
-                log.error("the end of reply %d could not be stored", reply.id)
                 if self.draining:
-                    return  # whoever comes next finds it left behind
+                    log.error("could not store the end of reply %d, leaving it to another worker", reply.id)
+                    return
+                log.error("could not store the end of reply %d, retrying in 1 s", reply.id)
                 await asyncio.sleep(1)
         reply.follow(self._db.read(sql.select_reply, reply.id))
 
     async def _ask(self, reply: LiveReply) -> Outcome:
         turn = self._db.read(sql.select_turn, reply.id)
         if turn is None:
-            return Outcome("stopped")  # deleted meanwhile
+            return Outcome("stopped")  # its session was deleted
         telemetry.note(user_id=turn.user_id)
         files = self._db.read(sql.select_image_files, turn.message_id)
         request = gateway.build_request(
@@ -291,7 +296,8 @@ class Turns:
         try:
             return await self._read(request, reply)
         except errors.GatewayUnavailable:
-            await asyncio.sleep(RETRY_AFTER)  # nothing can have reached the agent: once more
+            # No connection was made, so the agent has not received the message and a retry cannot make it act twice.
+            await asyncio.sleep(RETRY_AFTER)
         return await self._read(request, reply)
 
     def _image_parts(self, files: Sequence[str]) -> list[dict[str, object]]:
@@ -300,7 +306,7 @@ class Turns:
     async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
         usage, asked = None, time.monotonic()
         async with aclosing(self._gateway.stream(request)) as chunks:
-            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage counts
+            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage is read below
                 reply.run_id = run_id
                 if text and not reply.length:
                     reply.first_after = time.monotonic() - asked
@@ -309,7 +315,7 @@ class Turns:
         return Outcome("complete" if reply.length else "empty", usage)
 
     async def _recover(self, reply: LiveReply) -> Outcome:
-        """A reply that a dead process left: what the gateway finished is complete, all else is interrupted."""
+        """Completes a dead worker's reply from the gateway's history, or else ends it as interrupted."""
         turn = self._db.read(sql.select_turn, reply.id)
         if turn is None:
             return Outcome("stopped")
@@ -320,7 +326,7 @@ class Turns:
                 turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
             )
         except errors.GatewayError as error:
-            log.warning("the gateway could not be asked for reply %d: %s", reply.id, error.message)
+            log.warning("could not recover reply %d, ending it as interrupted: %s", reply.id, error.message)
             found = None
         if found is None:
             return _interrupted()
@@ -328,7 +334,7 @@ class Turns:
         reply.append(found.text[reply.length :])
         return Outcome("complete", found.usage)
 
-    # --- beside the requests ---
+    # --- periodic work ---
 
     async def _store_texts(self) -> None:
         behind = [
@@ -343,19 +349,19 @@ class Turns:
         for running, reached in behind:
             running.stored = reached
         for reply_id in lost:
-            self._cancel(reply_id, Outcome("stopped"))  # deleted meanwhile
+            self._cancel(reply_id, Outcome("stopped"))  # its row was deleted, or is not this worker's any more
 
     async def _watch(self) -> None:
         version = self._db.version()
-        if version == self._seen:
+        if version == self._seen_version:
             return
-        self._seen = version
+        self._seen_version = version
         for reply in list(self._replies.values()):
             if reply.id not in self._running and not reply.is_final:
                 reply.follow(self._db.read(sql.select_reply, reply.id))
         owned = self._db.read(sql.select_running, self.owner)
         for reply_id in list(self._running):
-            if owned.get(reply_id, True):  # its stop was requested, or its row was deleted
+            if owned.get(reply_id, True):  # a stop was requested, or the row was deleted
                 self._cancel(reply_id, Outcome("stopped"))
         await self._claim()
 
@@ -367,7 +373,7 @@ class Turns:
             if reply is not None:
                 self._start(reply, self._ask)
 
-    async def _tend(self) -> None:
+    async def _reap(self) -> None:
         if self.draining:
             return
         for owner in self._db.read(sql.select_owners):
@@ -382,14 +388,17 @@ class Turns:
     # --- stopping and deleting ---
 
     async def stop(self, session_ids: Sequence[int]) -> bool:
-        """Ends what runs in these sessions, in whichever process, and drops what waits; whether there was
-        anything. Returns when it has ended, or after a few seconds where its process does not react."""
+        """Stops the running turns of these sessions, in all processes, and drops the queued ones.
+
+        Returns True if there were any. Waits until the running turns have ended, at most STOP_WITHIN seconds.
+        """
         halted = await self._db.write(sql.request_stop, session_ids)
         self._metrics.count_turns("stopped", len(halted.dropped))
         for reply_id in halted.running:
             self._cancel(reply_id, Outcome("stopped"))
         until = time.monotonic() + STOP_WITHIN
-        while any(map(self._is_running, halted.running)) and time.monotonic() < until:  # noqa: ASYNC110 - its row says
+        # Another process may run a turn, and only the reply's row shows its end: there is no event to wait for.
+        while any(map(self._is_running, halted.running)) and time.monotonic() < until:  # noqa: ASYNC110 - polls rows
             await asyncio.sleep(0.02)
         return bool(halted.running or halted.dropped)
 
@@ -400,12 +409,12 @@ class Turns:
     async def delete(
         self, statement: Callable[Concatenate[Connection, str, P], sql.Deleted], *args: P.args, **kwargs: P.kwargs
     ) -> None:
-        """Deletes by `sql.delete_session`, `sql.delete_project` or `sql.delete_user`, in one transaction, and stops
-        what ran in the sessions that are gone. Returns when their images and folders are removed; their sessions in
-        the gateway are removed in the background.
+        """Deletes with `sql.delete_session`, `sql.delete_project` or `sql.delete_user`, in one transaction, and stops
+        the turns that ran in the deleted sessions.
 
-        Raises what the statement raises, and then nothing has changed. A caller that is cancelled meanwhile leaves
-        nothing half done.
+        Returns after one attempt to remove their images and folders; their sessions in the gateway are removed in the
+        background. Raises what the statement raises; nothing has changed then. Completes even if the caller is
+        cancelled.
         """
         await completed(self._delete(lambda conn: statement(conn, self.owner, *args, **kwargs)))
 
@@ -415,6 +424,6 @@ class Turns:
         for reply_id in deleted.running:
             self._cancel(reply_id, Outcome("stopped"))
         ending = [self._running[reply_id].work for reply_id in deleted.running if reply_id in self._running]
-        if ending:  # the gateway must not be asked to remove a session in which we still hold a run
+        if ending:  # a run that is still open could create the session in the gateway again after its deletion
             await asyncio.wait(ending, timeout=STOP_WITHIN)
         await self._outbox.run(deleted.jobs)

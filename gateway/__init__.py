@@ -1,6 +1,6 @@
-"""OpenClaw, the gateway: what is asked of it, how its answers are read, and what its failures mean.
+"""The client of OpenClaw, the gateway to the AI agent: builds requests, parses answers, translates failures.
 
-There is one builder of requests (`build_request`) and one client (`Gateway`). Nothing else speaks to it.
+`build_request` is the only builder of chat requests and `Gateway` the only client. No other room talks to OpenClaw.
 """
 
 from .client import Gateway, State

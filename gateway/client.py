@@ -1,6 +1,6 @@
-"""The HTTP client of the gateway: a chat, its state, and its sessions.
+"""The HTTP client of the gateway: chats, health checks, and calls about sessions.
 
-How the gateway behaves was tried out with OpenClaw 2026.9.6; `tests/openclaw` holds it to that.
+The gateway's behavior was determined with OpenClaw 2026.9.6; the tests in `tests/openclaw` verify it.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ from .rpc import HISTORY, Finished, Rpc, find_reply
 
 log = logging.getLogger("clawd.gateway")
 
-KEEP_ALIVE = 3  # seconds; the gateway (Node) drops idle connections after 5, and a request must not meet that
+KEEP_ALIVE = 3  # seconds; the gateway (Node) closes idle connections after 5 s, which could break a new request
 CONNECT_TIMEOUT = 5  # seconds
 CHECK_TIMEOUT = aiohttp.ClientTimeout(total=3, sock_connect=2)
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Whether the gateway can take a turn. `checked_at` is unix seconds, 0 before the first look."""
+    """The result of a check. `ok`: the gateway can take a turn. `checked_at`: Unix time, 0 before the first check."""
 
     ok: bool
     detail: str
@@ -37,18 +37,18 @@ class State:
 
 
 class Gateway:
-    """OpenClaw at one address. One client for all requests, opened by `open` on the running event loop."""
+    """OpenClaw at one address. All requests share one HTTP client, which `open` creates on the running event loop."""
 
     def __init__(self, url: str, token: str, silence: float) -> None:
-        """`silence` is how many seconds may pass without a byte."""
+        """`silence` is the time in seconds without a byte after which a chat fails."""
         self.url = url
         self._token = token
         self._silence = silence
         self._checking = asyncio.Lock()
-        self.state = State(False, "OpenClaw has not been asked yet.", None, 0)
+        self.state = State(False, "OpenClaw has not been checked yet.", None, 0)
 
     def open(self) -> None:
-        """Makes the client."""
+        """Creates the HTTP client. Needs a running event loop."""
         self._client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             headers={"Authorization": f"Bearer {self._token}"} if self._token else None,
@@ -58,14 +58,14 @@ class Gateway:
         self._rpc = Rpc(self._client, self.url, self._token)
 
     async def close(self) -> None:
-        """Closes every connection, which aborts what runs on it."""
+        """Closes every connection, which aborts the requests on it."""
         await self._client.close()
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
-        """Sends a message and yields the reply, a chunk for each read from the network.
+        """Sends a message and yields the reply, one chunk for each read from the network.
 
-        It ends when the gateway has said that the reply is over, and raises errors.GatewayError otherwise,
-        after the text that came. Leaving it early aborts the agent's run.
+        Ends when the gateway has sent `[DONE]`. Otherwise raises errors.GatewayError, after it has yielded all text
+        that arrived. Closing the generator early aborts the agent's run.
         """
         log.info("[CHAT] Sending to OpenClaw with 'user' field: %s", request.body["user"])
         reader = CompletionReader()
@@ -74,12 +74,12 @@ class Gateway:
                 if response.status != 200:
                     raise refused(response.status, await self._read_refusal(response))
                 if response.content_type != "text/event-stream":
-                    log.warning("the gateway answered with %.100r", response.content_type)
+                    log.warning("the gateway answered with %.100r, not text/event-stream", response.content_type)
                     raise no_completion()
                 async for received in response.content.iter_any():
                     yield Chunk(reader.feed(received), reader.run_id, reader.usage)
                     if reader.done:
-                        await _read_to_end(response)  # or the connection could not be used again
+                        await _read_to_end(response)  # otherwise the connection could not be reused
                         break
                 if not reader.done:
                     raise incomplete()
@@ -98,17 +98,17 @@ class Gateway:
         )
 
     async def _read_refusal(self, response: aiohttp.ClientResponse) -> str | None:
-        said = (await response.content.read(2000)).decode(errors="replace")
-        log.warning("the gateway answered %d: %.500r", response.status, self._without_token(said))
+        answer = (await response.content.read(2000)).decode(errors="replace")
+        log.warning("the gateway answered with status %d: %.500r", response.status, self._without_token(answer))
         return response.headers.get("Retry-After")
 
     def _without_token(self, text: str) -> str:
         return text.replace(self._token, "[token]") if self._token else text
 
-    # --- its state ---
+    # --- health checks ---
 
     async def check(self, max_age: float) -> State:
-        """Whether the gateway can take a turn, asked anew unless that was asked `max_age` seconds ago."""
+        """Returns the gateway's state, after a new check if the last one is more than `max_age` seconds old."""
         async with self._checking:
             if time.time() - self.state.checked_at > max_age:
                 self.state = await self._ask_state()
@@ -123,24 +123,24 @@ class Gateway:
                     await response.read()
                 version = await self._ask_version()
         except errors.GatewayTimeout:
-            return State(False, f"OpenClaw at {self.url} accepts but does not answer.", None, time.time())
+            return State(False, f"OpenClaw at {self.url} accepts connections but does not answer.", None, time.time())
         except errors.GatewayError as error:
             return State(False, error.message, None, time.time())
         return State(True, f"OpenClaw {version or 'of unknown version'} answers.", version, time.time())
 
     async def _ask_version(self) -> str | None:
         async with self._client.get(f"{self.url}/startupz", timeout=CHECK_TIMEOUT) as response:
-            said = await response.content.read(10_000)
+            answer = await response.content.read(10_000)
         try:
-            version = json.loads(said).get("version")
+            version = json.loads(answer).get("version")
         except (ValueError, AttributeError):
             return None
         return version if isinstance(version, str) else None
 
-    # --- its sessions ---
+    # --- sessions ---
 
     async def delete_session(self, agent_id: str, session_key: str) -> None:
-        """Removes a conversation with its transcript. One that is unknown is no error.
+        """Deletes a conversation with its transcript. Succeeds if the gateway does not know the conversation.
 
         Raises errors.GatewayError.
         """
@@ -150,11 +150,11 @@ class Gateway:
     async def finished_reply(
         self, agent_id: str, session_key: str, *, asked: str, run_id: str | None, known: set[str], got: str
     ) -> Finished | None:
-        """The reply to a message, where the gateway has finished it and its history gives all of it.
+        """Returns the reply to the newest message if the gateway has finished it and its history contains it whole.
 
-        It is found by its run id or, where that did not reach us, as the one that follows our last message
-        `asked` and is none of the `known` runs. `got` is the text that we have: a reply that does not go on
-        from it is not taken. Raises errors.GatewayError.
+        The reply must have the run id `run_id`. If that is None because it never arrived, the newest message must be
+        `asked` and the reply's run must not be in `known`. `got` is the text that has arrived: the reply must begin
+        with it. Returns None if there is no such reply. Raises errors.GatewayError.
         """
         key = agent_session(agent_id, session_key)
         history = await self._rpc.call("chat.history", {"sessionKey": key, **HISTORY})

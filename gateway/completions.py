@@ -1,4 +1,4 @@
-"""The parser of a chat completion's stream. It knows bytes and nothing of a network."""
+"""Parses the event stream of a chat completion. Takes bytes and does no network I/O."""
 
 import json
 import logging
@@ -12,12 +12,12 @@ from .failures import no_completion
 log = logging.getLogger("clawd.gateway")
 
 
-NO_REPLY = "No response from OpenClaw."  # what the gateway writes where the agent said nothing
-MAX_FRAME = 32 * 1024 * 1024  # bytes of one event; more is no reply but a fault
+NO_REPLY = "No response from OpenClaw."  # the gateway sends this text if the agent produced none
+MAX_FRAME = 32 * 1024 * 1024  # bytes of one event; more is an error, because it would fill the memory
 
 
 class Chunk(NamedTuple):
-    """What one read from the gateway brought: new text, the run's id, the usage where it came."""
+    """The result of one read from the gateway: new text, and the run's id and usage if they have arrived."""
 
     text: str
     run_id: str | None
@@ -25,15 +25,18 @@ class Chunk(NamedTuple):
 
 
 class EventReader:
-    """Cuts an event stream's bytes into the payloads of its events."""
+    """Splits the bytes of an event stream (SSE) into the payloads of its events."""
 
     def __init__(self) -> None:
-        self._open: list[bytes] = []  # pieces of a line whose end has not come
+        self._open: list[bytes] = []  # pieces of a line whose end has not arrived
         self._size = 0
         self._data: list[bytes] = []
 
     def feed(self, received: bytes) -> Iterator[bytes]:
-        """The payloads that these bytes complete. Raises errors.GatewayError for what is no event stream."""
+        """Yields the payloads that these bytes complete.
+
+        Raises errors.GatewayError if the bytes are not an event stream, or an event is larger than MAX_FRAME.
+        """
         self._size += len(received)
         if self._size > MAX_FRAME:
             raise no_completion()
@@ -55,19 +58,22 @@ class EventReader:
 
 
 class CompletionReader:
-    """Reads the events of one chat completion. `done` once the gateway has said that it was over."""
+    """Reads the events of one chat completion. `done` is True once the gateway has sent `[DONE]`."""
 
     def __init__(self) -> None:
         self._events = EventReader()
-        self._held = ""  # might become NO_REPLY, or is half of a character
+        self._held = ""  # text that may still become NO_REPLY, or the first half of a surrogate pair
         self._started = False
         self.done = False
         self.run_id: str | None = None
         self.usage: dict[str, int] | None = None
 
     def feed(self, received: bytes) -> str:
-        """The text that these bytes bring, whole characters only. Raises errors.GatewayError, whose cause may
-        have been preceded by text: that is kept for `rest`."""
+        """Returns the text in these bytes, whole characters only.
+
+        Raises errors.GatewayError if the gateway reports an error or the bytes are not a chat completion. Text that
+        came before the error is kept for `rest`.
+        """
         for payload in self._events.feed(received):
             if payload.strip() == b"[DONE]":
                 self.done = True
@@ -76,7 +82,7 @@ class CompletionReader:
         return self._release()
 
     def rest(self) -> str:
-        """The text that was held back, at the end of the stream, whatever ended it."""
+        """Returns the text that `feed` held back. To be called at the end of the stream, also after an error."""
         held, self._held = self._held, ""
         return "" if held == NO_REPLY and not self._started else _mend(held)
 
@@ -99,8 +105,8 @@ class CompletionReader:
         if "error" in chunk:
             log.warning("the gateway reported an error in its stream: %.500r", chunk["error"])
             raise errors.GatewayError(
-                "The agent failed while it was replying. Try again; if it goes on, the operator should look at "
-                "the gateway's log.",
+                "The agent failed while it was replying. Try again. If the error persists, the operator should look "
+                "at the gateway's log.",
                 retryable=True,
             )
         if self.run_id is None and isinstance(chunk.get("id"), str):
@@ -117,7 +123,7 @@ class CompletionReader:
 
 
 def _mend(text: str) -> str:
-    """Joins characters that came as two halves (UTF-16 surrogates); a half alone becomes U+FFFD."""
+    """Joins UTF-16 surrogate pairs that arrived in two halves; a lone half becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -126,7 +132,10 @@ def _mend(text: str) -> str:
 
 
 def usage_of(raw: dict[str, object], prompt: str, completion: str, total: str) -> dict[str, int] | None:
-    """The usage in the names of the contract, out of a dictionary with these names; None where a count is missing."""
+    """Converts the gateway's usage to the names of our API; `prompt`, `completion` and `total` are its names in `raw`.
+
+    Returns None if a count is missing.
+    """
     counts = [raw.get(name) for name in (prompt, completion, total)]
     if not all(isinstance(count, int) for count in counts):
         return None

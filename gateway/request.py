@@ -1,18 +1,18 @@
-"""The one builder of requests to the gateway, and its name of a conversation."""
+"""Builds the chat request to the gateway, and the key by which the gateway knows a conversation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class ChatRequest(NamedTuple):
-    """One message for the agent, as the gateway wants it."""
+    """Headers and JSON body of a request to the gateway's chat endpoint."""
 
     headers: dict[str, str]
     body: dict[str, object]
 
 
 def agent_session(agent_id: str, session_key: str) -> str:
-    """The gateway's own name of a conversation: what it makes of `user`, which it lower-cases."""
+    """Returns the gateway's key of a conversation, which is what the gateway derives from `user` in lower case."""
     return f"agent:{agent_id}:openai-user:adapter-session-{session_key}".lower()
 
 
@@ -24,11 +24,11 @@ def build_request(
     text: str,
     images: Sequence[dict[str, object]],
 ) -> ChatRequest:
-    """The one request there is, for text and images, streamed to the client or not.
+    """Builds the request for a turn, with or without images, whether or not the client receives a stream.
 
-    `user` and the header name the same conversation, so it is continued whichever of them a gateway heeds.
-    The gateway keeps the history: only the new message goes out, with a word on the project (name,
-    description, folder) for the system prompt. `images` are content parts.
+    `user` and the header name the same conversation, so the conversation continues if a gateway reads only one of
+    them. The gateway keeps the history: the request contains only the new message, and a system message about the
+    project (name, description, folder). `images` are OpenAI content parts.
     """
     name, description, folder = project
     system = f"This conversation belongs to the project {name!r}."

@@ -1,4 +1,4 @@
-"""The gateway's WebSocket: sessions removed, and replies read from its history."""
+"""Calls the gateway's WebSocket methods, and finds replies in the history that one of them returns."""
 
 import asyncio
 import logging
@@ -13,11 +13,11 @@ log = logging.getLogger("clawd.gateway")
 
 
 RPC_TIMEOUT = 10  # seconds
-HISTORY = {"limit": 50, "maxChars": 500_000}  # the most text that chat.history gives
+HISTORY = {"limit": 50, "maxChars": 500_000}  # the maximum of text that chat.history returns
 
 
 class Finished(NamedTuple):
-    """A reply as the gateway's history has it."""
+    """A finished reply in the gateway's history."""
 
     text: str
     run_id: str
@@ -25,7 +25,7 @@ class Finished(NamedTuple):
 
 
 class Rpc:
-    """The gateway's WebSocket protocol, one connection for each call."""
+    """A client of the gateway's WebSocket protocol. It opens a connection for each call."""
 
     def __init__(self, client: aiohttp.ClientSession, url: str, token: str) -> None:
         self._client = client
@@ -33,7 +33,7 @@ class Rpc:
         self._token = token
 
     async def call(self, method: str, params: dict[str, object]) -> dict[str, object]:
-        """One call of the gateway's WebSocket protocol; its payload. Raises errors.GatewayError."""
+        """Calls a method and returns the payload of its answer. Raises errors.GatewayError."""
         try:
             async with (
                 explained(self._url),
@@ -42,7 +42,7 @@ class Rpc:
             ):
                 await _request(socket, "connect", _hello(self._token))
                 return await _request(socket, method, params)
-        except (ValueError, TypeError) as error:  # frames that are no JSON or no text
+        except (ValueError, TypeError) as error:  # frames that are not JSON or not text
             raise no_completion() from error
 
 
@@ -68,7 +68,7 @@ async def _request(
             break
     if not frame.get("ok"):
         error = frame.get("error") or {}
-        log.warning("the gateway refused %s: %.300r", method, error.get("message"))
+        log.warning("the gateway refused the call %s: %.300r", method, error.get("message"))
         raise refused(401 if "unauthorized" in str(error.get("message")).lower() else 503, None)
     payload = frame.get("payload")
     return payload if isinstance(payload, dict) else {}
@@ -77,8 +77,10 @@ async def _request(
 def find_reply(
     items: list[dict[str, object]], asked: str, run_id: str | None, known: set[str], got: str
 ) -> Finished | None:
-    """The finished reply to a message, out of the items of `chat.history`; the arguments are those of
-    `Gateway.finished_reply`."""
+    """Returns the finished reply among the items of `chat.history`, or None.
+
+    The other arguments are those of `Gateway.finished_reply`.
+    """
     last = max((at for at, item in enumerate(items) if item.get("role") == "user"), default=-1)
     replies = [item for item in items[last + 1 :] if item.get("role") == "assistant"]
     if last < 0 or not replies or replies[-1].get("stopReason") != "stop":

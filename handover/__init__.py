@@ -1,4 +1,4 @@
-"""How a generation of the service hands over to the next: the front that PM2 runs, and the worker that serves."""
+"""The restart without downtime: the front, which PM2 runs, and the worker, which serves the app."""
 
 from .front import CHECKOUT, PORT_TAKEN, UNUSABLE, Front
 from .protocol import listen, log_line

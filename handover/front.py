@@ -1,4 +1,4 @@
-"""The front: the small process that PM2 runs. It imports nothing of the app."""
+"""The front: the small process that PM2 runs. It does not import the app, so it also runs if the app cannot start."""
 
 import fcntl
 import os
@@ -14,29 +14,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from .protocol import SUCCESSOR_WITHIN, State, from_worker, listen, log_line, run_directory, send, write_lines
+from .protocol import SUCCESSOR_TIMEOUT, State, from_worker, listen, log_line, run_directory, send, write_lines
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PYTHON = str(CHECKOUT / "venv/bin/python")
 PIPE_SIZE = 1024 * 1024  # bytes of log that a worker can write while no front reads
-LONGEST_LINE = 1024 * 1024  # bytes; a longer one is passed on in pieces
-START_WITHIN = 300  # seconds for a worker's start: it may have to migrate a large database
-HELLO_WITHIN = 15  # seconds until a worker that lives answers a new front, however busy it is
-RETIRES_WITHIN = 5  # seconds until a worker that was told to retire takes no new connections
-RETRY_AT_MOST = 30  # seconds between two tries to start a worker where none serves
-PAUSE = 3  # seconds before a front whose first worker did not start gives up, and PM2 starts the next
-PORT_TAKEN = 4  # exit status
-UNUSABLE = 5  # exit status
-ENDED_EARLY = 6  # exit status: with any other, PM2 revives what it was told to stop before it was ready
-FOR_GOOD = (2, 3, PORT_TAKEN, UNUSABLE)  # exit statuses of `start-backend.sh` after which another try is of no use
+LONGEST_LINE = 1024 * 1024  # bytes of an incomplete log line that the front buffers before it writes what it has
+START_TIMEOUT = 300  # seconds that a worker gets to start: it may have to migrate a large database
+HELLO_TIMEOUT = 15  # seconds that a worker gets to answer a new front before the front kills it as hung
+RETIRE_TIMEOUT = 5  # seconds that the old workers get to close their listening sockets, or a killed process to end
+MAX_RETRY_DELAY = 30  # seconds between two attempts to start a worker if none serves
+FAILED_START_PAUSE = 3  # seconds before a front whose first worker did not start exits and PM2 starts the next front
+PORT_TAKEN = 4  # exit status: another process or front uses the port
+UNUSABLE = 5  # exit status: the directory run/<port>/ cannot be used
+# Exit status of a front that PM2 stops before it is ready. It is one of `stop_exit_codes` in ecosystem.backend.json,
+# because PM2 would otherwise start the front again although it was told to stop it.
+STOPPED_EARLY = 6
+NO_RETRY = (2, 3, PORT_TAKEN, UNUSABLE)  # exit statuses of `start-backend.sh` that a retry cannot change
 
 
-class _AskedToGoError(Exception):
-    """PM2 wants the front to end."""
+class _StopRequestedError(Exception):
+    """PM2, or Ctrl-C, asked the front to end."""
 
 
-class _GivenUpError(Exception):
-    """The front ends, with this exit status."""
+class _ExitError(Exception):
+    """The front has to end with this exit status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -44,25 +46,25 @@ class _GivenUpError(Exception):
 
 
 class Generation:
-    """A worker as a front sees it."""
+    """One worker as a front sees it."""
 
     def __init__(self, channel: socket.socket, log: int) -> None:
-        """`channel` leads to the worker, `log` is where its output can be read."""
+        """`channel` is connected to the worker; `log` is the reading end of the pipe that the worker writes to."""
         self.channel = channel
         self.log = log
         self.pid = 0
         self.state: State = "starting"
         self.failure = ""
-        self.unfinished = b""  # the beginning of a line of its output
+        self.unfinished = b""  # the last line of its output while it has no line break yet
 
 
 class Front:
-    """What PM2 runs: it starts a worker, takes over from the one before, and keeps one alive."""
+    """Takes over the listening socket from the old worker, starts a worker, and starts another one when that ends."""
 
     def __init__(self, host: str, port: int, prepare: Sequence[str], pm2: int | None) -> None:
-        """`prepare` is the command that checks the branch and refreshes `venv/`, called with `--prepare` or,
-        where nothing runs yet and the port must be free, with `--check`. `pm2` is the file descriptor of PM2's
-        channel, where there is one. Raises OSError where the directory of the port cannot be used."""
+        """`prepare` is the command that checks the branch and updates `venv/`. The front appends `--check` if it has
+        no listening socket yet, so that the port is checked too, otherwise `--prepare`. `pm2` is the file descriptor
+        of the channel to PM2, or None. Raises OSError if the directory of the port cannot be used."""
         self._host = host
         self._port = port
         self._prepare = prepare
@@ -74,56 +76,61 @@ class Front:
         self._generations: list[Generation] = []
         self._serving: Generation | None = None
         self._listener: socket.socket | None = None
-        self._status = 1  # to end with where nothing serves
+        self._status = 1  # exit status if no worker serves
         self._is_ready = False
 
     def run(self) -> int:
-        """Runs until PM2 ends it. Returns the exit status."""
+        """Runs until PM2 stops the front, or no worker could be started. Returns the exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _ask_to_go)
+            signal.signal(number, _request_stop)
         try:
             self._take_lock()
             self._find_generations()
-            failure = self._renew()
+            failure = self._replace_worker()
             if self._serving is None:
                 log_line(f"the service did not start: {failure}")
-                self._pump(0 if self._status in FOR_GOOD else PAUSE)
+                self._wait(0 if self._status in NO_RETRY else FAILED_START_PAUSE)
                 return self._status
-            self._tell_pm2()
+            self._report_ready()
             while True:
-                self._guard()
-        except _AskedToGoError:
-            return 0 if self._is_ready else ENDED_EARLY
-        except _GivenUpError as given_up:
-            return given_up.status
+                self._supervise()
+        except _StopRequestedError:
+            return 0 if self._is_ready else STOPPED_EARLY
+        except _ExitError as error:
+            return error.status
         finally:
-            self._leave()
+            self._announce_exit()
 
-    def _leave(self) -> None:
-        """Tells every worker that PM2 ended this front. One that is not ready ends with it."""
+    def _announce_exit(self) -> None:
+        """Tells every worker that PM2 ended this front and may start another one. A worker that is not ready yet ends
+        with its front."""
         for generation in self._generations:
             send(generation.channel, {"order": "wait"})
 
-    def _tell_pm2(self) -> None:
-        """What `wait_ready` waits for."""
+    def _report_ready(self) -> None:
+        """Sends PM2 the message that its option `wait_ready` waits for."""
         self._is_ready = True
         if self._pm2 is not None:
-            with suppress(OSError):  # PM2 is gone
+            with suppress(OSError):  # PM2's daemon has ended; the worker serves nevertheless
                 os.write(self._pm2, b'"ready"\n')
 
-    # --- what it finds ---
+    # --- taking over ---
 
     def _take_lock(self) -> None:
-        """Makes this front the only one of its port. The kernel frees the lock when its process ends."""
-        until = time.monotonic() + SUCCESSOR_WITHIN
+        """Makes this front the only one of its port, by a file lock that the kernel releases when the process ends.
+        Waits for a front that is just ending, and raises _ExitError if the other one keeps the lock."""
+        until = time.monotonic() + SUCCESSOR_TIMEOUT
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > until:
                     holder = os.pread(self._lock, 20, 0).decode() or "unknown"
-                    log_line(f"port {self._port} is run from this checkout by another front already, process {holder}")
-                    raise _GivenUpError(PORT_TAKEN) from None
+                    log_line(
+                        f"another front, process {holder}, already runs port {self._port} from this checkout; "
+                        "if PM2 has two entries for it, pm2 delete one of them"
+                    )
+                    raise _ExitError(PORT_TAKEN) from None
                 time.sleep(0.05)
             else:
                 break
@@ -131,10 +138,11 @@ class Front:
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
     def _find_generations(self) -> None:
-        """Connects to every worker of this port that lives, and removes the sockets of the dead."""
+        """Connects to every live worker of this port, takes over the listening socket from the one that serves, and
+        deletes the Unix sockets of dead workers. Kills a worker that does not answer within HELLO_TIMEOUT."""
         for path in self._directory.glob("*.sock"):
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            channel.settimeout(HELLO_WITHIN)
+            channel.settimeout(HELLO_TIMEOUT)
             try:
                 channel.connect(str(path))
                 message, fds, *_ = socket.recv_fds(channel, 65536, 2)
@@ -158,25 +166,28 @@ class Front:
     def _add(self, generation: Generation) -> Generation:
         os.set_blocking(generation.log, False)
         self._generations.append(generation)
-        self._selector.register(generation.channel, selectors.EVENT_READ, lambda: self._hear(generation))
-        self._selector.register(generation.log, selectors.EVENT_READ, lambda: self._relay(generation))
+        self._selector.register(generation.channel, selectors.EVENT_READ, lambda: self._handle_message(generation))
+        self._selector.register(generation.log, selectors.EVENT_READ, lambda: self._relay_log(generation))
         return generation
 
-    # --- what it waits for ---
+    # --- events ---
 
-    def _pump(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Relays and listens for so long, or until something holds; returns whether it does."""
+    def _wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Handles messages and log output of the workers for this many seconds, or until the condition holds. Returns
+        whether it holds."""
         deadline = time.monotonic() + seconds
         if os.getppid() != self._parent and self._lock >= 0:
-            os.close(self._lock)  # PM2 has died: its successor's front may take over, until then we go on
+            # PM2's daemon has died. A front of the next daemon has to get the lock; this front continues until then.
+            os.close(self._lock)
             self._lock = -1
         while not until() and (left := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(min(left, 1)):
                 key.data()
         return until()
 
-    def _hear(self, generation: Generation) -> None:
-        """A word from a worker, or its end."""
+    def _handle_message(self, generation: Generation) -> None:
+        """Reads one message of a worker, or the end of its connection, and updates the state of the generation. Raises
+        _ExitError if another front has taken over the worker."""
         try:
             message = from_worker(generation.channel.recv(65536, socket.MSG_DONTWAIT))
         except ConnectionError:
@@ -185,14 +196,15 @@ class Front:
         generation.failure = message.get("failure", generation.failure)
         generation.state = message.get("state", generation.state)
         if generation.state == "replaced":
-            raise _GivenUpError(0)
+            raise _ExitError(0)
         if generation.state == "gone":
-            self._forget(generation)
+            self._remove(generation)
         if generation is self._serving and generation.state != "serving":
             self._serving = None
 
-    def _forget(self, generation: Generation) -> None:
-        while self._relay(generation):
+    def _remove(self, generation: Generation) -> None:
+        """Writes the rest of an ended worker's log, and closes and deletes what belongs to the worker."""
+        while self._relay_log(generation):
             pass
         if generation.unfinished:
             write_lines(generation.unfinished + b"\n")
@@ -201,19 +213,21 @@ class Front:
             self._selector.unregister(generation.log)
         generation.channel.close()
         os.close(generation.log)
-        (self._directory / f"{generation.pid}.sock").unlink(missing_ok=True)  # one that was killed leaves it
+        # A worker that was killed could not delete its socket itself.
+        (self._directory / f"{generation.pid}.sock").unlink(missing_ok=True)
         self._generations.remove(generation)
 
-    def _relay(self, generation: Generation) -> bool:
-        """Passes on whole lines of what a worker has written, some at a time; whether there were any."""
+    def _relay_log(self, generation: Generation) -> bool:
+        """Reads up to 64 KB of a worker's output and writes the complete lines to stdout, so that lines of several
+        workers do not mix. Returns whether there was any output."""
         if generation not in self._generations:
-            return False  # its end was heard in the same round
+            return False  # removed by an earlier event of the same select, which returned both
         try:
             written = os.read(generation.log, 65536)
         except BlockingIOError:
             return False
         if not written and generation.log in self._selector.get_map():
-            self._selector.unregister(generation.log)  # nobody writes there any more
+            self._selector.unregister(generation.log)  # end of file: no process has the writing end open any more
         lines, end, generation.unfinished = (generation.unfinished + written).rpartition(b"\n")
         write_lines(lines + end)
         if len(generation.unfinished) > LONGEST_LINE:
@@ -221,96 +235,101 @@ class Front:
             generation.unfinished = b""
         return bool(written)
 
-    # --- what it does ---
+    # --- starting workers ---
 
-    def _guard(self) -> None:
-        """Sees to it that a worker serves."""
-        self._pump(1, lambda: self._serving is None)
+    def _supervise(self) -> None:
+        """Waits a second, or until the serving worker ends; in that case starts workers until one serves."""
+        self._wait(1, lambda: self._serving is None)
         delay = 1
         while self._serving is None:
-            log_line("the worker has died: another one is started")
-            failure = self._renew()
+            log_line(f"no worker serves port {self._port} any more, starting another one")
+            failure = self._replace_worker()
             if failure:
-                log_line(f"the worker did not start, again in {delay} s: {failure}")
-                self._pump(delay)
-                delay = min(2 * delay, RETRY_AT_MOST)
+                log_line(f"the worker did not start, retrying in {delay} s: {failure}")
+                self._wait(delay)
+                delay = min(2 * delay, MAX_RETRY_DELAY)
 
-    def _renew(self) -> str:
-        """Starts a worker of the code as it is and lets the others retire. Where that fails, whoever served
-        before serves on, and is told why; returns that, or an empty string."""
+    def _replace_worker(self) -> str:
+        """Starts a worker with the current code, and tells the others to retire once it is ready. Returns an empty
+        string, or the reason why the new worker did not start. In that case the old worker continues to serve, and
+        `/health` shows the reason as `failed_start`."""
         failure = self._run_prepare() or self._start()
         if failure and self._serving is not None:
-            log_line(f"the new code does not run, process {self._serving.pid} serves on with the old: {failure}")
-            send(self._serving.channel, {"order": "keep", "failure": _public(failure)})
+            pid = self._serving.pid
+            log_line(f"the new code did not start, process {pid} continues to serve the old code: {failure}")
+            send(self._serving.channel, {"order": "keep", "failure": _redacted(failure)})
         return failure
 
     def _run_prepare(self) -> str:
-        """Lets the start script check and install; returns its words where it refuses."""
+        """Runs the start script, which checks the branch and updates `venv/`. Returns an empty string, or the end of
+        the script's output if it failed."""
         command = [*self._prepare, "--prepare" if self._listener else "--check"]
-        run = subprocess.Popen(  # noqa: S603 - ours
+        run = subprocess.Popen(  # noqa: S603 - the command comes from the command line of serve.py, not from a request
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that all of it can be ended together
+            start_new_session=True,  # so that one signal to its process group also kills its children, such as pip
         )
-        assert run.stdout is not None  # noqa: S101 - a pipe was asked for
-        said = bytearray()
+        assert run.stdout is not None  # noqa: S101 - tells mypy that stdout=PIPE sets it
+        output = bytearray()
         try:
-            self._selector.register(run.stdout, selectors.EVENT_READ, lambda: self._take_down(run, said))
-            self._pump(float("inf"), lambda: run.stdout not in self._selector.get_map())
+            self._selector.register(run.stdout, selectors.EVENT_READ, lambda: self._collect_output(run, output))
+            self._wait(float("inf"), lambda: run.stdout not in self._selector.get_map())
         except BaseException:
             os.killpg(run.pid, signal.SIGKILL)
             raise
         self._status = run.wait()
-        return " ".join(said[-1000:].decode(errors="replace").split()) if self._status else ""
+        return " ".join(output[-1000:].decode(errors="replace").split()) if self._status else ""
 
-    def _take_down(self, run: "subprocess.Popen[bytes]", said: bytearray) -> None:
-        assert run.stdout is not None  # noqa: S101 - a pipe was asked for
+    def _collect_output(self, run: "subprocess.Popen[bytes]", output: bytearray) -> None:
+        assert run.stdout is not None  # noqa: S101 - tells mypy that stdout=PIPE sets it
         written = os.read(run.stdout.fileno(), 65536)
-        said += written
+        output += written
         write_lines(written)
         if not written:
             self._selector.unregister(run.stdout)
 
     def _start(self) -> str:
-        """Starts a worker; once it is ready the others retire. Returns why it is not."""
+        """Starts a worker, and tells the others to retire once it is ready. Returns an empty string, or the reason why
+        the worker did not start."""
         self._status = 1
         if self._listener is None:
             try:
                 self._listener = listen(self._host, self._port)
             except OSError as error:
                 self._status = PORT_TAKEN
-                return f"port {self._port} cannot be had: {error.strerror}"
+                return f"cannot listen on port {self._port}: {error.strerror}"
         new = self._add(self._spawn())
-        ready = self._pump(START_WITHIN, lambda: new.state != "starting")
+        ready = self._wait(START_TIMEOUT, lambda: new.state != "starting")
         if new.state == "serving":
             log_line(f"process {new.pid} serves port {self._port}")
             self._serving = new
             others = [generation for generation in self._generations if generation is not new]
             for generation in others:
                 send(generation.channel, {"order": "retire"})
-            self._pump(RETIRES_WITHIN, lambda: all(other.state != "serving" for other in others))
+            self._wait(RETIRE_TIMEOUT, lambda: all(other.state != "serving" for other in others))
             return ""
         if not ready and new.pid:
             os.kill(new.pid, signal.SIGKILL)
-            new.failure = f"it was not ready after {START_WITHIN} s"
-        return new.failure or "it ended without saying why; its last lines are in the log"
+            new.failure = f"the worker was not ready after {START_TIMEOUT} s and was killed"
+        return new.failure or "the worker ended without giving a reason; see its last lines in the log"
 
     def _spawn(self) -> Generation:
-        """A worker in a session of its own, whose parent is init: PM2's tree-kill does not find it."""
-        assert self._listener is not None  # noqa: S101 - it was just bound
+        """Starts a worker as a daemon: in its own session and with init as its parent. PM2 therefore does not find it
+        when it kills the process tree of the front."""
+        assert self._listener is not None  # noqa: S101 - tells mypy that the caller has set it
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reading, writing = os.pipe()
-        with suppress(PermissionError):  # the user's pipes have all the memory that they may; a small one does
+        with suppress(PermissionError):  # the user's pipes exceed the kernel's limit; the default size works too
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        os.set_blocking(writing, False)  # where nobody reads, lines are lost rather than the service held up
+        os.set_blocking(writing, False)  # if nobody reads the log, the worker has to drop lines instead of blocking
         inherited = [theirs.fileno(), self._listener.fileno(), reading]
         command = [PYTHON, str(CHECKOUT / "serve.py"), "--port", str(self._port)]
         command += ["--worker", ",".join(map(str, inherited))]
         child = os.fork()
         if child == 0:
-            _become(command, writing, inherited)
+            _exec_as_daemon(command, writing, inherited)
         os.waitpid(child, 0)
         theirs.close()
         os.close(writing)
@@ -318,27 +337,30 @@ class Front:
 
 
 def _kill_peer(channel: socket.socket) -> None:
-    """Ends a worker that hangs: it can neither serve nor hand over, and would keep the port."""
+    """Kills a hung worker at the other end of the channel, and waits until its process has ended. It can neither serve
+    nor hand over its listening socket, and would keep the port."""
     pid = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    log_line(f"process {pid} has not answered for {HELLO_WITHIN} s and is ended")
+    log_line(f"process {pid} did not answer within {HELLO_TIMEOUT} s, killing it")
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    until = time.monotonic() + RETIRES_WITHIN
+    until = time.monotonic() + RETIRE_TIMEOUT
     while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
         time.sleep(0.02)
 
 
-def _public(failure: str) -> str:
-    """A reason as everybody may read it: without paths and addresses, which may hold secrets."""
+def _redacted(failure: str) -> str:
+    """Returns the reason without URLs and paths, which may contain secrets: `/health` shows it to everybody."""
     return re.sub(r"\w+://\S+|(?<![\w.])[~.]?/[^\s:;,'\"()]+", "…", failure)
 
 
-def _ask_to_go(*_: object) -> NoReturn:
-    raise _AskedToGoError
+def _request_stop(*_: object) -> NoReturn:
+    raise _StopRequestedError
 
 
-def _become(command: list[str], output: int, inherited: Sequence[int]) -> NoReturn:
-    """Turns a fork into a worker without parents. Nothing but system calls, and no way back."""
+def _exec_as_daemon(command: list[str], output: int, inherited: Sequence[int]) -> NoReturn:
+    """Replaces the forked process by a daemon that runs the command, with `output` as stdout and stderr and the file
+    descriptors `inherited` open. Makes only system calls and never returns, because the front's own code, such as its
+    `finally` blocks, would otherwise run a second time in the child."""
     try:
         os.setsid()
         if os.fork() == 0:
@@ -347,7 +369,7 @@ def _become(command: list[str], output: int, inherited: Sequence[int]) -> NoRetu
             os.dup2(output, 2)
             for fd in inherited:
                 os.set_inheritable(fd, True)
-            os.execv(command[0], command)  # noqa: S606 - no shell is wanted
+            os.execv(command[0], command)  # noqa: S606 - starts no shell, because the command needs none
     except OSError as error:
         os.write(2, f"{command[0]}: {error.strerror}\n".encode())
     finally:

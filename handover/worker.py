@@ -1,4 +1,4 @@
-"""The worker: the app on a listening socket, until it is told to retire or to stop."""
+"""The worker: a process that serves the app with uvicorn, on a socket that already listens."""
 
 import asyncio
 import os
@@ -11,20 +11,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from .protocol import SUCCESSOR_WITHIN, State, from_front, log_line, run_directory, send
+from .protocol import SUCCESSOR_TIMEOUT, State, from_front, log_line, run_directory, send
 
-REVIVAL_WITHIN = 30  # the same after a front that died: PM2 starts it again
-IDLE_WITHIN = 10  # seconds that a retired worker leaves idle connections open; uvicorn closes them after 5
-LINGER = 3600  # seconds that a retired worker without turns waits for its last readers
-FINISH_WITHIN = 1  # seconds that requests have to end once the turns have
+FRONT_RESTART_TIMEOUT = 30  # seconds that a worker waits for the next front after its front crashed
+IDLE_TIMEOUT = 10  # seconds that a retired worker keeps idle connections; uvicorn normally closes them after 5
+READER_TIMEOUT = 3600  # seconds that a retired worker waits for open requests after its last turn has ended
+SHUTDOWN_TIMEOUT = 1  # seconds that open requests get to end after the turns have ended
 
 
 class ServedTurns(Protocol):
-    """What a worker asks of the app's turns, which it finds as `app.state.turns` once the lifespan has started."""
+    """The methods of `app.state.turns` that a worker calls. The app sets the attribute when its lifespan starts."""
 
     @property
     def running(self) -> int:
-        """How many turns run in this process."""
+        """The number of turns that run in this process."""
 
     async def retire(self) -> None:
         """Leaves queued turns to other processes; running ones continue."""
@@ -34,19 +34,19 @@ class ServedTurns(Protocol):
 
 
 class ServedState(Protocol):
-    """What a worker reads and writes in `app.state`."""
+    """The attributes of `app.state` that a worker reads and writes."""
 
     turns: ServedTurns
     failed_start: str | None
 
 
 class ServedApp(Protocol):
-    """An ASGI app as a worker knows it; it imports nothing of ours."""
+    """The ASGI app as a worker uses it. A protocol, because a worker imports the app only at run time."""
 
     state: ServedState
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """ASGI."""
+        """Handles one ASGI connection."""
 
 
 Scope = dict[str, Any]
@@ -55,23 +55,24 @@ Send = Callable[[Any], Any]
 
 
 class Worker:
-    """The app on a listening socket, until it is told to retire or to stop."""
+    """Serves the app on a listening socket until it is told to retire or to stop."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._app: ServedApp
         self._server: Any = None
-        self._active = 0  # requests
+        self._active = 0  # number of open requests
         self._retired_at: float | None = None
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.failure = ""
 
     def run(self) -> bool:
-        """Serves until it is over; whether it ever did. `failure` says why not."""
-        # The one import that is not at the top: a front must run where the requirements are broken or missing.
-        import uvicorn  # noqa: PLC0415
-        from uvicorn.importer import import_from_string  # noqa: PLC0415
+        """Serves until the worker has retired or stopped. Returns whether it ever served; if not, `failure` contains
+        the reason. Raises what importing the app raises."""
+        # A front imports this module, and has to run even if the requirements are missing or broken.
+        import uvicorn  # noqa: PLC0415 - see above
+        from uvicorn.importer import import_from_string  # noqa: PLC0415 - see above
 
         try:
             self._app = import_from_string("app:app")
@@ -79,57 +80,63 @@ class Worker:
             self.failure = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
             raise
         config = uvicorn.Config(
-            self, access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=FINISH_WITHIN
+            self, access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=SHUTDOWN_TIMEOUT
         )
         self._server = uvicorn.Server(config)
-        # SystemExit is how uvicorn says that the lifespan did not start.
+        # uvicorn raises SystemExit if the lifespan does not start.
         with suppress(SystemExit), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(self._serve())
         return bool(self._server.started)
 
     async def _serve(self) -> None:
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
-        await asyncio.sleep(0)  # it installs its own handlers of signals first, which end turns without a word
+        # Let uvicorn install its signal handlers before replacing them: they would shut down without ending the turns.
+        await asyncio.sleep(0)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn tells by this alone
+        while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.02)
         if self._server.started and not self._stopping:
             self.on_ready()
         await serving
 
     def on_complete(self) -> None:
-        """Called when the app can serve, before it takes the first connection."""
+        """Called when the app's lifespan has started, before the worker accepts the first connection."""
 
     def on_ready(self) -> None:
-        """Called once the app serves."""
-        log_line(f"serving port {self._listener.getsockname()[1]}; Ctrl-C ends it")
+        """Called once the worker accepts connections."""
+        log_line(f"serving port {self._listener.getsockname()[1]}; press Ctrl-C to stop")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI: the app, whose requests are counted and, once this has retired, end their connections."""
+        """Passes an ASGI connection to the app, and counts it while it is open. After the worker has retired, adds
+        `Connection: close` to the response, so that the client's next request goes to the new worker."""
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, self._noting(send))
+            await self._app(scope, receive, self._observe_lifespan(send))
             return
         self._active += 1
         try:
-            await self._app(scope, receive, send if self._retired_at is None else _closing(send))
+            await self._app(scope, receive, send if self._retired_at is None else _add_connection_close(send))
         finally:
             self._active -= 1
 
-    def _noting(self, send: Send) -> Send:
-        async def note(message: Scope) -> None:
+    def _observe_lifespan(self, send: Send) -> Send:
+        async def observe(message: Scope) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.on_complete()
             if message["type"] == "lifespan.startup.failed":
-                self.failure = (message.get("message", "").strip().splitlines() or ["its lifespan failed"])[-1]
+                self.failure = (message.get("message", "").strip().splitlines() or ["the lifespan of the app failed"])[
+                    -1
+                ]
             await send(message)
 
-        return note
+        return observe
 
-    # --- the end ---
+    # --- stopping and retiring ---
 
     def stop(self) -> None:
-        """Ends in order: running turns have `DRAIN_SECONDS`. The second time, at once."""
+        """Begins to stop: closes the listening socket, gives running turns `DRAIN_SECONDS`, and shuts down. A second
+        call shuts down immediately. During the start, the first call stops the worker as soon as it has started, and
+        the second one exits with status 1."""
         if self._stopping and not self._server.started:
             os._exit(1)
         if self._stopping:
@@ -148,7 +155,8 @@ class Worker:
             self._server.should_exit = True
 
     def retire(self) -> None:
-        """Leaves new connections to a successor, and ends when the last turn and the last reader have."""
+        """Begins to retire: closes its copy of the listening socket, leaves queued turns to other workers, and shuts
+        down after the last turn and the last request of this worker have ended."""
         if self._retired_at is None:
             self._retired_at = time.monotonic()
             self._close_listener()
@@ -158,20 +166,21 @@ class Worker:
         try:
             await self._app.state.turns.retire()
             last_turn = time.monotonic()
-            while not self._is_over(last_turn):
+            while not self._has_finished(last_turn):
                 await asyncio.sleep(0.1)
                 if self._app.state.turns.running:
                     last_turn = time.monotonic()
         finally:
             self._server.should_exit = True
 
-    def _is_over(self, last_turn: float) -> bool:
-        at = time.monotonic()
+    def _has_finished(self, last_turn: float) -> bool:
+        """Returns whether a retired worker may shut down. `last_turn` is the monotonic time when a turn last ran."""
+        now = time.monotonic()
         if self._app.state.turns.running:
             return False
         if self._active:
-            return at - last_turn > LINGER
-        return not self._server.server_state.connections or at - (self._retired_at or at) > IDLE_WITHIN
+            return now - last_turn > READER_TIMEOUT
+        return not self._server.server_state.connections or now - (self._retired_at or now) > IDLE_TIMEOUT
 
     def _close_listener(self) -> None:
         for server in self._server.servers:
@@ -184,7 +193,7 @@ class Worker:
         task.add_done_callback(self._tasks.discard)
 
 
-def _closing(send: Send) -> Send:
+def _add_connection_close(send: Send) -> Send:
     async def send_closing(message: Scope) -> None:
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
@@ -194,60 +203,63 @@ def _closing(send: Send) -> Send:
 
 
 class GuardedWorker(Worker):
-    """A worker that a front started, and that outlives it."""
+    """A worker that a front starts and that continues to serve when the front ends."""
 
     def __init__(self, port: int, channel: socket.socket, listener: socket.socket, log: int) -> None:
-        """`log` is the reading end of its own output, for the fronts to come."""
+        """`channel` is connected to the front. `log` is the reading end of the pipe that is this worker's stdout; the
+        worker keeps it open to pass it on to later fronts."""
         super().__init__(listener)
         self._channel = channel
         self._log = log
         self._path = run_directory(port) / f"{os.getpid()}.sock"
-        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ready = threading.Event()
         self._told_to_wait = False
-        self._alone: asyncio.TimerHandle | None = None
+        self._stop_timer: asyncio.TimerHandle | None = None
 
     def run(self) -> bool:
-        """As `Worker.run`; the front hears how it went."""
+        """Like `Worker.run`, but reports to the front instead of raising exceptions of the app."""
         send(self._channel, {"pid": os.getpid()})
-        threading.Thread(target=self._die_with_front, daemon=True).start()
+        threading.Thread(target=self._exit_with_front, daemon=True).start()
         try:
             return super().run()
         except SystemExit:
             return False
-        except Exception:  # noqa: BLE001 - whatever the app raises, the front is told
+        except Exception:  # noqa: BLE001 - the app may raise anything, and the front gets each reason as `failure`
             traceback.print_exc()
             return False
         finally:
             self._path.unlink(missing_ok=True)
             send(self._channel, {"failure": self.failure[:1000]})
 
-    def _die_with_front(self) -> None:
-        """A worker that is not ready when its front goes belongs to nobody: the next front starts another."""
-        with suppress(ConnectionError):  # a front that was killed before it had read a word of ours
-            self._channel.recv(1, socket.MSG_PEEK)  # comes back when the front is gone, or has its first order
+    def _exit_with_front(self) -> None:
+        """Exits if the front ends before the worker is ready. The next front cannot find such a worker, and starts
+        another one. Runs on a thread of its own, because importing the app blocks the main thread."""
+        with suppress(ConnectionError):  # the front was killed before it read what this worker had sent
+            self._channel.recv(1, socket.MSG_PEEK)  # blocks until the front ends or sends its first order
         if not self._ready.is_set():
             os._exit(1)
 
     def on_complete(self) -> None:
-        """Lets itself be found: from here on it may have connections, and no longer ends with its front."""
-        self._door.bind(str(self._path))
-        self._door.listen(8)
+        """Opens the Unix socket by which later fronts find this worker. From now on the worker may have connections, so
+        it no longer ends with its front."""
+        self._control.bind(str(self._path))
+        self._control.listen(8)
         self._ready.set()
 
     def on_ready(self) -> None:
-        """Tells its front, and listens to it and to those to come."""
-        asyncio.get_running_loop().add_reader(self._door.fileno(), self._open_door)
+        """Reports to the front that the worker serves, and begins to handle orders and connections of other fronts."""
+        asyncio.get_running_loop().add_reader(self._control.fileno(), self._accept_front)
         self._listen_to_front()
         send(self._channel, {"state": "serving"})
 
     def retire(self) -> None:
-        """As `Worker.retire`; the front hears that new connections are its successor's from now on."""
+        """Like `Worker.retire`, and reports it to the front."""
         super().retire()
         send(self._channel, {"state": self._state})
 
     def stop(self) -> None:
-        """As `Worker.stop`; a front that still wants a worker starts another one."""
+        """Like `Worker.stop`, and reports it to the front, which starts another worker if this one was serving."""
         super().stop()
         send(self._channel, {"state": self._state})
 
@@ -257,9 +269,10 @@ class GuardedWorker(Worker):
             return "stopping"
         return "serving" if self._retired_at is None else "retiring"
 
-    def _open_door(self) -> None:
-        """Another front: it gets the socket, unless that was closed, and what was logged meanwhile."""
-        channel, _ = self._door.accept()
+    def _accept_front(self) -> None:
+        """Accepts the connection of another front. Sends it the pipe with the log and, if this worker is serving, the
+        listening socket. Tells the previous front that it is replaced."""
+        channel, _ = self._control.accept()
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         send(self._channel, {"state": "replaced"})
         self._channel.close()
@@ -270,11 +283,12 @@ class GuardedWorker(Worker):
 
     def _listen_to_front(self) -> None:
         self._told_to_wait = False
-        if self._alone is not None:
-            self._alone.cancel()
-        asyncio.get_running_loop().add_reader(self._channel.fileno(), self._hear)
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        asyncio.get_running_loop().add_reader(self._channel.fileno(), self._handle_message)
 
-    def _hear(self) -> None:
+    def _handle_message(self) -> None:
+        """Reads one message of the front, or the end of its connection, and obeys the order."""
         try:
             packet = self._channel.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -282,7 +296,7 @@ class GuardedWorker(Worker):
         except ConnectionError:
             packet = b""
         if not packet:
-            self._be_alone()
+            self._wait_for_front()
             return
         message = from_front(packet)
         order = message.get("order")
@@ -293,11 +307,13 @@ class GuardedWorker(Worker):
         elif order == "wait":
             self._told_to_wait = True
 
-    def _be_alone(self) -> None:
+    def _wait_for_front(self) -> None:
+        """Schedules the stop of this worker, which another front that connects before that cancels."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._channel.fileno())
-        self._alone = loop.call_later(SUCCESSOR_WITHIN if self._told_to_wait else REVIVAL_WITHIN, self._stop_once)
+        delay = SUCCESSOR_TIMEOUT if self._told_to_wait else FRONT_RESTART_TIMEOUT
+        self._stop_timer = loop.call_later(delay, self._stop_once)
 
     def _stop_once(self) -> None:
-        if not self._stopping:  # to stop twice means at once, which only a signal says
+        if not self._stopping:  # a second `stop` would cut replies short, which only a second signal may do
             self.stop()

@@ -1,4 +1,4 @@
-"""Every SQL statement, as a function of a connection. Callers write `sql.begin_turn(conn, ...)`."""
+"""Every SQL statement of the service. Each is a function that takes a connection: `sql.begin_turn(conn, ...)`."""
 
 from .adoption import AdoptionContext, KeptImage
 from .deletes import Deleted, delete_project, delete_session, delete_user

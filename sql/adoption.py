@@ -1,4 +1,4 @@
-"""Version 1 of the schema: makes it, and takes over what stands in the tables of a legacy database."""
+"""Schema version 1: creates it, and migrates a legacy database, one from before migrations existed, to it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,25 +12,29 @@ log = logging.getLogger("clawd.database")
 
 
 class KeptImage(NamedTuple):
-    """The file that an image of old became; `whole` where it has every byte of it."""
+    """The file in which a legacy image was stored.
+
+    `whole` is True if the file has the bytes of the original. A HEIC image is converted to JPEG, so its original stays
+    in `messages.legacy_image`.
+    """
 
     file: str
     whole: bool
 
 
 class AdoptionContext(NamedTuple):
-    """What the migration of a legacy database needs of the service around it.
+    """What the migration of a legacy database needs from the rest of the service.
 
-    `keep_image(session key, base64)` makes a file of an image, or returns None for what is not an image.
-    `checkout` is the directory at which relative project paths begin.
+    `keep_image(session key, base64)` stores an image as a file, or returns None if the text is not an image.
+    `checkout` is the directory against which relative project paths are resolved.
     """
 
     keep_image: Callable[[str, str], KeptImage | None]
     checkout: Path
 
 
-# What production ran on before there were migrations, and what each column counts as where it is missing or
-# NULL. In a new database these tables are empty for a moment.
+# The columns of a legacy database, each with the SQL expression that replaces a missing or NULL value. A new database
+# gets these tables too, empty, so that one migration serves both cases.
 LEGACY = {
     "users": {"email": "NULL", "name": "NULL", "password": "NULL", "created_at": "NULL"},
     "projects": {
@@ -50,12 +54,15 @@ _NUMBERS = {"user_id", "project_id", "session_id", "archived"}
 _TIMES = {"created_at", "updated_at", "last_used_at"}
 _UNIQUE = {"email", "session_key"}
 _LARGEST_ID = 2**63 - 1
-_BATCH = 50_000  # rows that are copied at once
+_BATCH = 50_000  # messages that one statement copies
 
 
 def _time(column: str) -> str:
-    """SQL for a time of old as the contract writes it, NULL where it cannot be read: text in UTC or with an
-    offset, or unix seconds or milliseconds. SQLite alone would read `now` and `12:30` too, which are no instants."""
+    """Returns SQL that converts a legacy time to ISO 8601 in UTC, or to NULL if it is not a time.
+
+    A legacy time is text, in UTC or with an offset, or a number of Unix seconds or milliseconds. The pattern excludes
+    text such as `now` and `12:30`, which SQLite would also accept and replace by a time that nobody stored.
+    """
     seconds = f"CASE WHEN {column} BETWEEN -100000000000 AND 100000000000 THEN {column} ELSE {column} / 1000.0 END"
     form = "'%Y-%m-%dT%H:%M:%fZ'"
     return (
@@ -68,12 +75,13 @@ def _time_or_now(column: str) -> str:
     return f"coalesce({_time(column)}, strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
 
 
-# Whatever could not go into the new tables as it was: columns that nobody knows, times that cannot be read,
-# bytes that are no text. `value` is what stood there.
-_KEPT = """CREATE TABLE legacy_values (table_name TEXT NOT NULL, row_id INTEGER NOT NULL,
+# Original values that the new tables cannot contain: unknown columns, unreadable times, bytes that are not text,
+# and relative project paths.
+_LEGACY_VALUES = """CREATE TABLE legacy_values (table_name TEXT NOT NULL, row_id INTEGER NOT NULL,
            column_name TEXT NOT NULL, value, PRIMARY KEY (table_name, row_id, column_name)) WITHOUT ROWID"""
 _TABLES = (
-    # An account of old whose e-mail differs from another's by case alone keeps its own spelling as its key.
+    # `email_key` is the normalized e-mail. If the e-mails of legacy accounts differ only in case, all but one
+    # have their exact spelling there instead, since the column is unique.
     """CREATE TABLE new_users (id INTEGER PRIMARY KEY AUTOINCREMENT, email TEXT, email_key TEXT UNIQUE, name TEXT,
        password TEXT, token_version INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL)""",
     """CREATE TABLE new_projects (id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -108,7 +116,8 @@ _COPIES = (
 _COPY_MESSAGES = f"""INSERT INTO new_messages (id, session_id, role, content, created_at, legacy_image)
     SELECT id, session_id, role, content, {_time_or_now("created_at")}, image FROM messages
     WHERE id > ? AND id <= ? AND session_id IN (SELECT id FROM new_sessions)"""
-# What belongs to nobody is kept as it was. No id is ever used again, not even a deleted row's.
+# Rows without an owner go unchanged to the tables orphaned_…. The sequences continue from the legacy ones, so that
+# the id of a deleted row is never used again.
 _REPLACE = (
     "CREATE TABLE orphaned_projects AS SELECT * FROM projects WHERE user_id NOT IN (SELECT id FROM users)",
     "CREATE TABLE orphaned_sessions AS SELECT * FROM sessions WHERE project_id NOT IN (SELECT id FROM new_projects)",
@@ -127,11 +136,11 @@ _REPLACE = (
         )
     ),
 )
-_RULES = (
+_REST_OF_SCHEMA = (
     "CREATE INDEX projects_user ON projects(user_id)",
     "CREATE INDEX sessions_project ON sessions(project_id)",
     "CREATE INDEX messages_session ON messages(session_id)",
-    # One running reply a session, and the queue behind it.
+    # Enforces that at most one reply of a session is running.
     "CREATE UNIQUE INDEX messages_streaming ON messages(session_id) WHERE status = 'streaming'",
     "CREATE INDEX messages_queued ON messages(session_id, id) WHERE status = 'queued'",
     """CREATE TRIGGER messages_status BEFORE UPDATE OF status ON messages
@@ -142,8 +151,8 @@ _RULES = (
     """CREATE TRIGGER messages_content BEFORE UPDATE OF content ON messages WHEN OLD.status <> 'streaming'
        BEGIN SELECT RAISE(ABORT, 'only a running reply can change'); END""",
     "CREATE INDEX message_images_message ON message_images(message_id)",
-    # A turn is its reply's row, and here what only its making needs. `owner` is the worker that runs it or
-    # whose client waits for it; NULL is up for grabs.
+    # A turn: the columns that only the work on a reply needs. The reply itself is a row of `messages`. `owner` is the
+    # worker that runs the turn or whose client waits for it; NULL means unowned.
     """CREATE TABLE turns (reply_id INTEGER PRIMARY KEY REFERENCES messages(id) ON DELETE CASCADE,
        message_id INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
        session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
@@ -153,7 +162,7 @@ _RULES = (
     "CREATE INDEX turns_session ON turns(session_id)",
     "CREATE INDEX turns_message ON turns(message_id)",
     "CREATE TABLE revoked_tokens (jti TEXT PRIMARY KEY, expires_at INTEGER NOT NULL) WITHOUT ROWID",
-    # What a deleted row leaves to be done outside the database, tried until it is done.
+    # Jobs for the work outside the database that a delete requires, retried until they succeed.
     """CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT,
        kind TEXT NOT NULL CHECK (kind IN ('gateway_session', 'images', 'folder')), target TEXT NOT NULL,
        owner TEXT, attempts INTEGER NOT NULL DEFAULT 0, due_at REAL NOT NULL)""",
@@ -161,8 +170,8 @@ _RULES = (
 
 
 def adopt(conn: Connection, context: AdoptionContext) -> None:
-    """Version 1: makes the schema, and takes over what stands in the tables of old. Nothing of it is lost."""
-    conn.execute(_KEPT)
+    """Creates schema version 1, and moves every value of the legacy tables to it or to a table that preserves it."""
+    conn.execute(_LEGACY_VALUES)
     existing = {row[0].lower() for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     for table, columns in LEGACY.items():
         _complete_table(conn, table, columns, existing)
@@ -170,29 +179,29 @@ def adopt(conn: Connection, context: AdoptionContext) -> None:
     for statement in (*_TABLES, *_COPIES):
         conn.execute(statement)
     total, done = count(conn, "messages"), 0
-    progress = Progress(log.info, f"adopting {total:,} messages")
+    progress = Progress(log.info, f"migrating {total:,} messages")
     last = _first_id(conn)
     while (until := _batch_end(conn, last)) is not None:
-        _mend_texts(conn, "messages", [column for column in LEGACY["messages"] if _is_text(column)], last, until)
+        _decode_texts(conn, "messages", [column for column in LEGACY["messages"] if _is_text(column)], last, until)
         conn.execute(_COPY_MESSAGES, (last, until))
         done += _BATCH
         progress(done, total)
         last = until
     images = _adopt_images(conn, context)
-    for statement in (*_REPLACE, *_RULES):
+    for statement in (*_REPLACE, *_REST_OF_SCHEMA):
         conn.execute(statement)
     if existing & LEGACY.keys():
         counts = [f"{count(conn, table):,} {table}" for table in LEGACY]
         orphans = [f"{count(conn, f'orphaned_{table}'):,} {table}" for table in LEGACY if table != "users"]
         log.info(
-            "adopted %s; without an owner, and kept aside: %s; images: %d are files now, %d are none and stay as "
-            "they were; %d values that fit nowhere are in legacy_values",
+            "migrated %s; moved rows without an owner to orphaned_… tables: %s; stored %d images as files, left %d "
+            "values that are not images in messages.legacy_image; saved %d original values in legacy_values",
             *(", ".join(counts), ", ".join(orphans), *images, count(conn, "legacy_values")),
         )
 
 
 def count(conn: Connection, table: str) -> int:
-    """How many rows a table has."""
+    """Returns the number of rows of a table."""
     return int(conn.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
@@ -201,35 +210,38 @@ def _is_text(column: str) -> bool:
 
 
 def _complete_table(conn: Connection, table: str, columns: dict[str, str], existing: set[str]) -> None:
-    """Gives a table of old all columns, and no NULL or unreadable value where the new one takes none; what that
-    changes is kept. Its triggers go."""
+    """Adds missing columns to a legacy table, and replaces NULL and undecodable text that the new table refuses.
+
+    Saves undecodable text, unreadable times and the values of unknown columns in `legacy_values`. Drops the triggers
+    of the table, which could otherwise fail or change rows during the migration.
+    """
     if table not in existing:
         conn.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY AUTOINCREMENT)")
     for (trigger,) in conn.execute(
         "SELECT name FROM sqlite_master WHERE type = 'trigger' AND lower(tbl_name) = ?", (table,)
     ).fetchall():
-        log.info("the trigger %s on %s goes; the copy beside has it", trigger, table)
+        log.info("dropping the trigger %s on %s; the copy of the database still contains it", trigger, table)
         conn.execute(f"DROP TRIGGER {_quoted(trigger)}")
     found = [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
-    known = {name.lower() for name in found}  # SQLite does not tell `Image` from `image`
+    known = {name.lower() for name in found}  # SQLite ignores the case of column names
     for column, default in columns.items():
         if column not in known:
             conn.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
         if default != "NULL":
             conn.execute(f"UPDATE {table} SET {column} = {default} WHERE {column} IS NULL")
         if column in _TIMES:
-            _keep_values(conn, table, column, f"{_time(column)} IS NULL")
+            _save_values(conn, table, column, f"{_time(column)} IS NULL")
     for column in found:
         if column.lower() not in (*columns, "id"):
-            _keep_values(conn, table, column, "1")
-    if table != "messages":  # whose texts are looked at in batches
-        _mend_texts(conn, table, [column for column in columns if _is_text(column)], -_LARGEST_ID, _LARGEST_ID)
+            _save_values(conn, table, column, "1")
+    if table != "messages":  # `adopt` decodes those in batches
+        _decode_texts(conn, table, [column for column in columns if _is_text(column)], -_LARGEST_ID, _LARGEST_ID)
 
 
 def _make_paths_absolute(conn: Connection, checkout: Path) -> None:
-    """A relative path of old began where the service ran: at the checkout. What it was is kept."""
+    """Resolves relative legacy paths against the checkout, in which the legacy service ran. Saves the originals."""
     relative = "project_path <> '' AND project_path NOT LIKE '/%'"
-    _keep_values(conn, "projects", "project_path", relative)
+    _save_values(conn, "projects", "project_path", relative)
     conn.execute(f"UPDATE projects SET project_path = ? || '/' || project_path WHERE {relative}", (str(checkout),))
 
 
@@ -238,7 +250,7 @@ def _quoted(name: str) -> str:
     return f'"{doubled}"'
 
 
-def _keep_values(conn: Connection, table: str, column: str, condition: str) -> None:
+def _save_values(conn: Connection, table: str, column: str, condition: str) -> None:
     conn.execute(
         f"INSERT OR IGNORE INTO legacy_values SELECT '{table}', id, ?, {_quoted(column)} FROM {table} "
         f"WHERE {_quoted(column)} IS NOT NULL AND {condition}",
@@ -246,8 +258,11 @@ def _keep_values(conn: Connection, table: str, column: str, condition: str) -> N
     )
 
 
-def _mend_texts(conn: Connection, table: str, columns: Sequence[str], after: int, until: int) -> None:
-    """Makes text of what Python cannot read as text: bytes, and what is no UTF-8. What it was is kept."""
+def _decode_texts(conn: Connection, table: str, columns: Sequence[str], after: int, until: int) -> None:
+    """Replaces values that Python cannot read as text, bytes and invalid UTF-8, by text. Saves the originals.
+
+    Treats the rows with `after` < id <= `until`.
+    """
     conn.text_factory = bytes
     wrong: list[tuple[int, str, bytes]] = []
     try:
@@ -263,7 +278,7 @@ def _mend_texts(conn: Connection, table: str, columns: Sequence[str], after: int
     for row_id, column, value in wrong:
         text = value.decode(errors="replace")
         if column in _UNIQUE and not _is_utf8(value):
-            text += f"-{row_id}"  # what cannot be read looks all alike
+            text += f"-{row_id}"  # two undecodable values can become the same text, which a unique column refuses
         conn.execute("INSERT INTO legacy_values VALUES (?, ?, ?, ?)", (table, row_id, column, value))
         conn.execute(f"UPDATE {table} SET {column} = ? WHERE id = ?", (text, row_id))
 
@@ -281,7 +296,7 @@ def _first_id(conn: Connection) -> int:
 
 
 def _batch_end(conn: Connection, after: int) -> int | None:
-    """The last id of the next batch of messages; None where there is none."""
+    """Returns the last id of the batch of messages that follows the id `after`, or None at the end."""
     row = conn.execute(
         "SELECT max(id) FROM (SELECT id FROM messages WHERE id > ? ORDER BY id LIMIT ?)", (after, _BATCH)
     ).fetchone()
@@ -289,9 +304,9 @@ def _batch_end(conn: Connection, after: int) -> int | None:
 
 
 def _adopt_images(conn: Connection, context: AdoptionContext) -> tuple[int, int]:
-    """Makes files of the images of old; how many, and how many are no images."""
+    """Stores the legacy images as files. Returns the number of files, and of values that are not images."""
     ids = [row[0] for row in conn.execute("SELECT id FROM new_messages WHERE legacy_image <> ''")]
-    progress = Progress(log.info, f"adopting {len(ids):,} images")
+    progress = Progress(log.info, f"migrating {len(ids):,} images")
     files = 0
     for done, message_id in enumerate(ids):
         session_key, image = conn.execute(
@@ -299,11 +314,11 @@ def _adopt_images(conn: Connection, context: AdoptionContext) -> tuple[int, int]
             "WHERE m.id = ?",
             (message_id,),
         ).fetchone()
-        kept = context.keep_image(session_key, image)
-        if kept is not None:
+        stored = context.keep_image(session_key, image)
+        if stored is not None:
             files += 1
-            conn.execute("INSERT INTO message_images (message_id, file) VALUES (?, ?)", (message_id, kept.file))
-            if kept.whole:
+            conn.execute("INSERT INTO message_images (message_id, file) VALUES (?, ?)", (message_id, stored.file))
+            if stored.whole:
                 conn.execute("UPDATE new_messages SET legacy_image = NULL WHERE id = ?", (message_id,))
         progress(done, len(ids))
     return files, len(ids) - files

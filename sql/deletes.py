@@ -1,6 +1,7 @@
-"""Deletes: rows with everything below them, and the outbox jobs for what lies outside the database.
+"""Deletes of accounts, projects and sessions, with the outbox jobs that remove their data outside the database.
 
-Each is one transaction. Foreign keys cascade from users to projects, sessions, messages, turns and images.
+Each runs in one transaction of its caller. Foreign keys cascade from users to projects, sessions, messages, turns
+and images.
 """
 
 import time
@@ -15,9 +16,9 @@ _SESSIONS = "sessions s JOIN projects p ON p.id = s.project_id"
 
 
 class Deleted(NamedTuple):
-    """What a delete leaves to its caller: replies that ran, and outbox jobs, which the caller owns.
+    """What the caller of a delete must do next: stop the `running` replies, and run the outbox jobs, which it owns.
 
-    `dropped` is the number of turns that waited.
+    `dropped` is the number of queued turns that the delete removed.
     """
 
     running: list[int]
@@ -28,9 +29,9 @@ class Deleted(NamedTuple):
 def delete_session(
     conn: Connection, owner: str, user_id: int, session_id: int, project_id: int | None = None
 ) -> Deleted:
-    """Deletes a session (of that project, where one is given) with its messages. Raises errors.NotFound."""
+    """Deletes a session, in `project_id` if that is given, with its messages. Raises errors.NotFound."""
     select_session(conn, user_id, session_id, project_id)
-    deleted = _leave_sessions(conn, owner, "s.id = ?", session_id)
+    deleted = _prepare_sessions(conn, owner, "s.id = ?", session_id)
     conn.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
     return deleted
 
@@ -38,7 +39,7 @@ def delete_session(
 def delete_project(conn: Connection, owner: str, user_id: int, project_id: int) -> Deleted:
     """Deletes a project with its sessions and messages. Raises errors.NotFound."""
     project = select_project(conn, user_id, project_id)
-    deleted = _leave_sessions(conn, owner, "s.project_id = ?", project_id)
+    deleted = _prepare_sessions(conn, owner, "s.project_id = ?", project_id)
     if project.project_path:
         deleted.jobs.append(insert_outbox_job(conn, "folder", project.project_path, owner))
     conn.execute("DELETE FROM projects WHERE id = ?", (project_id,))
@@ -46,8 +47,8 @@ def delete_project(conn: Connection, owner: str, user_id: int, project_id: int) 
 
 
 def delete_user(conn: Connection, owner: str, user_id: int) -> Deleted:
-    """Deletes an account and every row that it owns. One that does not exist is not an error."""
-    deleted = _leave_sessions(conn, owner, "p.user_id = ?", user_id)
+    """Deletes an account and every row that it owns. Does nothing if the account does not exist."""
+    deleted = _prepare_sessions(conn, owner, "p.user_id = ?", user_id)
     deleted.jobs.extend(
         _insert_jobs(
             conn,
@@ -60,8 +61,11 @@ def delete_user(conn: Connection, owner: str, user_id: int) -> Deleted:
     return deleted
 
 
-def _leave_sessions(conn: Connection, owner: str, condition: str, value: int) -> Deleted:
-    """What must be stopped and removed for the sessions of a condition, before their rows go."""
+def _prepare_sessions(conn: Connection, owner: str, condition: str, value: int) -> Deleted:
+    """Stores the outbox jobs for the sessions that match a condition, and returns what else their delete requires.
+
+    Must run before the rows are deleted, since it reads them.
+    """
     turns = f"SELECT id FROM messages WHERE session_id IN (SELECT s.id FROM {_SESSIONS} WHERE {condition})"
     running = [row[0] for row in conn.execute(f"{turns} AND status = 'streaming'", (value,))]
     waiting = conn.execute(f"{turns} AND status = 'queued'", (value,)).fetchall()

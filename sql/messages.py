@@ -1,4 +1,4 @@
-"""Messages and their images."""
+"""The tables `messages` and `message_images`."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ Status = Literal["queued", "streaming", "complete", "stopped", "interrupted", "f
 
 
 class Failure(TypedDict):
-    """Why a reply failed or was interrupted, as the contract shows it."""
+    """Why a reply failed or was interrupted, in the form in which the API returns it."""
 
     code: str
     message: str
@@ -35,7 +35,7 @@ _MESSAGE = "m.id, m.role, m.content, m.status, m.error, m.usage, m.created_at"
 
 
 def decoded(column: str | None) -> Any:
-    """The value of a column that holds JSON or NULL."""
+    """Returns the parsed JSON of a column, or None for NULL."""
     return None if column is None else json.loads(column)
 
 
@@ -47,7 +47,10 @@ def _message(row: Sequence[Any]) -> Message:
 def select_messages(
     conn: Connection, user_id: int, session_id: int, limit: int | None, before: int | None
 ) -> list[Message]:
-    """The newest `limit` messages older than message `before`, oldest first. Raises errors.NotFound."""
+    """Returns the newest `limit` messages of a session whose ids are below `before`, oldest first.
+
+    None for either means no restriction. Raises errors.NotFound if the user has no such session.
+    """
     select_session(conn, user_id, session_id)
     rows = conn.execute(
         f"SELECT {_MESSAGE} FROM messages m WHERE m.session_id = ? AND m.id < ? ORDER BY m.id DESC LIMIT ?",
@@ -57,7 +60,10 @@ def select_messages(
 
 
 def select_images(conn: Connection, first: int, last: int, session_id: int) -> dict[int, list[tuple[int, str]]]:
-    """The images of a session's messages from one id to another: message id → [(image id, file)]."""
+    """Returns the images of a session's messages with ids from `first` to `last`, by message id.
+
+    Each image is a pair (image id, file).
+    """
     images: dict[int, list[tuple[int, str]]] = {}
     for message_id, image_id, file in conn.execute(
         "SELECT i.message_id, i.id, i.file FROM messages m JOIN message_images i ON i.message_id = m.id "
@@ -69,18 +75,18 @@ def select_images(conn: Connection, first: int, last: int, session_id: int) -> d
 
 
 def select_image_files(conn: Connection, message_id: int) -> list[str]:
-    """The files of a message's images, in their order."""
+    """Returns the files of a message's images, in the order of the message."""
     rows = conn.execute("SELECT file FROM message_images WHERE message_id = ? ORDER BY id", (message_id,))
     return [row[0] for row in rows]
 
 
 def select_all_images(conn: Connection) -> Iterator[tuple[int, str]]:
-    """Every image of every message: (message id, file)."""
+    """Yields (message id, file) for every image in the database."""
     yield from conn.execute("SELECT message_id, file FROM message_images ORDER BY id")
 
 
 def select_image_file(conn: Connection, image_id: int) -> str:
-    """The file of an image. Raises errors.NotFound."""
+    """Returns the file of an image. Raises errors.NotFound."""
     row = conn.execute("SELECT file FROM message_images WHERE id = ?", (image_id,)).fetchone()
     if row is None:
         raise errors.NotFound("There is no such image.", code="image_not_found")
@@ -88,14 +94,14 @@ def select_image_file(conn: Connection, image_id: int) -> str:
 
 
 def insert_images(conn: Connection, message_id: int, files: Iterable[str]) -> None:
-    """Images of a message, in their order."""
+    """Stores the images of a message, in this order."""
     conn.executemany(
         "INSERT INTO message_images (message_id, file) VALUES (?, ?)", ((message_id, file) for file in files)
     )
 
 
 def select_owned_message(conn: Connection, user_id: int, session_id: int, message_id: int) -> Message:
-    """One message of a session of the user's. Raises errors.NotFound."""
+    """Returns a message of a session that the user owns. Raises errors.NotFound."""
     row = conn.execute(
         f"SELECT {_MESSAGE} FROM {OWNED_SESSION} JOIN messages m ON m.session_id = s.id "
         "WHERE m.id = :id AND s.id = :session_id",

@@ -1,4 +1,7 @@
-"""The outbox: what a delete leaves to be done outside the database."""
+"""The table `outbox`: jobs for the work outside the database that a delete requires.
+
+A job whose `owner` is NULL is unowned: any worker may claim it once `due_at` has passed.
+"""
 
 import time
 from sqlite3 import Connection
@@ -6,7 +9,11 @@ from typing import Literal, NamedTuple
 
 
 class OutboxJob(NamedTuple):
-    """One entry of the outbox."""
+    """A job that removes something outside the database.
+
+    `target` is `<agent id> <session key>` for `gateway_session`, a session key for `images`, a path for `folder`.
+    `attempts` counts the attempts, including the one that the owner is about to make.
+    """
 
     id: int
     kind: Literal["gateway_session", "images", "folder"]
@@ -15,7 +22,7 @@ class OutboxJob(NamedTuple):
 
 
 def insert_outbox_job(conn: Connection, kind: str, target: str, owner: str) -> OutboxJob:
-    """Inserts a job that this worker owns: nobody else runs it, unless the worker dies."""
+    """Stores a job that `owner` runs. Other workers leave it alone unless that worker dies."""
     row = conn.execute(
         "INSERT INTO outbox (kind, target, owner, attempts, due_at) VALUES (?, ?, ?, 1, ?) "
         "RETURNING id, kind, target, attempts",
@@ -25,7 +32,7 @@ def insert_outbox_job(conn: Connection, kind: str, target: str, owner: str) -> O
 
 
 def claim_outbox_jobs(conn: Connection, owner: str, at: float) -> list[OutboxJob]:
-    """Takes all jobs that are due at that time (unix seconds) and nobody's."""
+    """Claims all unowned jobs that are due at the time `at` (Unix seconds), and returns them."""
     rows = conn.execute(
         "UPDATE outbox SET owner = ?, attempts = attempts + 1 WHERE owner IS NULL AND due_at <= ? "
         "RETURNING id, kind, target, attempts",
@@ -35,17 +42,17 @@ def claim_outbox_jobs(conn: Connection, owner: str, at: float) -> list[OutboxJob
 
 
 def has_due_outbox_jobs(conn: Connection, at: float) -> bool:
-    """Whether there is a job to claim at that time (unix seconds)."""
+    """Returns True if an unowned job is due at the time `at` (Unix seconds)."""
     return bool(
         conn.execute("SELECT EXISTS (SELECT 1 FROM outbox WHERE owner IS NULL AND due_at <= ?)", (at,)).fetchone()[0]
     )
 
 
 def delete_outbox_job(conn: Connection, job_id: int) -> None:
-    """A job that is done."""
+    """Removes a finished job."""
     conn.execute("DELETE FROM outbox WHERE id = ?", (job_id,))
 
 
 def postpone_outbox_job(conn: Connection, job_id: int, due_at: float) -> None:
-    """A job to be tried again at that time (unix seconds), by anybody."""
+    """Releases a job that failed, so that any worker may retry it from `due_at` (Unix seconds) on."""
     conn.execute("UPDATE outbox SET owner = NULL, due_at = ? WHERE id = ?", (due_at, job_id))

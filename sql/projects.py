@@ -1,4 +1,4 @@
-"""Projects."""
+"""The table `projects`."""
 
 from collections.abc import Iterator
 from sqlite3 import Connection
@@ -23,9 +23,9 @@ _PROJECT = "p.id, p.user_id, p.name, p.description, p.project_path, p.created_at
 def insert_project(
     conn: Connection, user_id: int, name: str, description: str | None, project_path: str, job_id: int
 ) -> Project:
-    """A project whose folder exists; the job that would have removed an abandoned folder is called off.
+    """Stores a project whose folder exists, and deletes the outbox job that would have removed the folder.
 
-    Raises errors.NotFound where the account is gone meanwhile.
+    Raises errors.NotFound if the account has been deleted in the meantime.
     """
     row = conn.execute(
         "INSERT INTO projects (user_id, name, description, project_path, created_at, updated_at) "
@@ -33,24 +33,24 @@ def insert_project(
         (name, description, project_path, now(), now(), user_id),
     ).fetchone()
     if row is None:
-        raise errors.NotFound("The account was deleted meanwhile.", code="project_not_found")
+        raise errors.NotFound("The account has been deleted.", code="project_not_found")
     conn.execute("DELETE FROM outbox WHERE id = ?", (job_id,))
     return Project(*row)
 
 
 def select_projects(conn: Connection, user_id: int) -> list[Project]:
-    """All projects of a user, newest first."""
+    """Returns all projects of a user, newest first."""
     rows = conn.execute(f"SELECT {_PROJECT} FROM projects p WHERE p.user_id = ? ORDER BY p.id DESC", (user_id,))
     return [Project(*row) for row in rows]
 
 
 def select_project_paths(conn: Connection) -> Iterator[tuple[int, str]]:
-    """Every project of every user: (id, folder). A legacy project may have no folder: its path is empty."""
+    """Yields (id, folder) for every project in the database. A legacy project may have no folder: an empty string."""
     yield from conn.execute("SELECT id, project_path FROM projects ORDER BY id")
 
 
 def select_project(conn: Connection, user_id: int, project_id: int) -> Project:
-    """One project. Raises errors.NotFound."""
+    """Returns a project that the user owns. Raises errors.NotFound."""
     row = conn.execute(
         f"SELECT {_PROJECT} FROM projects p WHERE p.id = ? AND p.user_id = ?", (project_id, user_id)
     ).fetchone()
@@ -62,7 +62,7 @@ def select_project(conn: Connection, user_id: int, project_id: int) -> Project:
 def update_project(
     conn: Connection, user_id: int, project_id: int, name: str | None, description: str | None
 ) -> Project:
-    """Changes what is not None. Raises errors.NotFound."""
+    """Changes the values that are not None, and returns the project. Raises errors.NotFound."""
     conn.execute(
         "UPDATE projects SET name = coalesce(?, name), description = coalesce(?, description), updated_at = ? "
         "WHERE id = ? AND user_id = ?",
@@ -72,8 +72,11 @@ def update_project(
 
 
 def update_project_path(conn: Connection, project_id: int, project_path: str, job_id: int) -> str:
-    """Gives a project of old that has no folder this one, and calls off the job that would remove it; returns
-    the folder that it has then. Raises errors.NotFound where the project is gone."""
+    """Sets the folder of a legacy project that has none, and deletes the outbox job that would remove the folder.
+
+    Returns the project's folder, which is another one if a concurrent request has set it first. In that case the
+    job stays. Raises errors.NotFound if the project has been deleted.
+    """
     row = conn.execute("SELECT project_path FROM projects WHERE id = ?", (project_id,)).fetchone()
     if row is None:
         raise errors.NotFound("There is no such project.", code="project_not_found")

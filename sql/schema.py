@@ -1,4 +1,4 @@
-"""The schema's versions: which migrations there are, and how a file is brought from any version to the newest."""
+"""The migrations of the schema, the runner that applies them, and the check of a whole database."""
 
 import filecmp
 import glob
@@ -23,61 +23,65 @@ log = logging.getLogger("clawd.database")
 MAX_ID = 2**63 - 1  # SQLite's largest integer; Python's sqlite3 raises OverflowError past it
 
 
-# Append only. Each runs in a transaction of its own together with its `user_version`, and only adds to what
-# the version before it left, because a process of that version may still be serving.
+# Append only. Each migration runs in one transaction, which also sets `user_version`. After version 1, a migration
+# may only add to the schema, because during a restart an old worker may still be serving on it.
 MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt,)
 
 
-# The tables of ours that refer to others. What a stranger's table refers to is its own affair.
+# Our tables that have foreign keys. Tables of other programs in the same file are not checked: a broken reference
+# in one of them must not prevent the start.
 REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
 
 
 def migrate(path: Path, context: AdoptionContext | None = None) -> None:
-    """Brings the file to the newest schema, a copy of it beside it first. Without a context the images of a legacy
-    database stay in their column, and its relative paths begin at the current directory.
+    """Migrates a database file to the newest schema, or creates it. Copies an existing file before migrating it.
 
-    Raises errors.Unavailable, and leaves the file as it is, where it is newer than this code, damaged, or no
-    database.
+    Without a context, images of a legacy database stay in their column, and its relative project paths are resolved
+    against the current directory. Raises errors.Unavailable, and leaves the file unchanged, if its schema is newer
+    than this code, it is damaged, or it is not a database.
     """
     try:
-        with closing(_connect_to_look(path)) as conn:
+        with closing(_connect_without_changes(path)) as conn:
             version = schema_version(conn)
             if version > len(MIGRATIONS):
                 raise errors.Unavailable(
-                    f"{path} has schema version {version}, this code knows {len(MIGRATIONS)}: "
-                    "start the newer code, or restore a backup made before it.",
+                    f"{path} has schema version {version}, but this code supports only versions up to "
+                    f"{len(MIGRATIONS)}. Start the newer code, or restore a backup with an older schema.",
                     code="database_unavailable",
                 )
-            old = version < len(MIGRATIONS) and count(conn, "sqlite_master") > 0
-            if old:
+            exists = version < len(MIGRATIONS) and count(conn, "sqlite_master") > 0
+            if exists:
                 _check_integrity(conn, path)
         if version < len(MIGRATIONS):
-            _walk_up(path, version, old, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
+            _migrate_from(path, version, exists, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            message = f"{path} cannot be opened as a database: {error}. {_RESTORE}"
+            message = f"Cannot open {path} as a database: {error}. {_RESTORE}"
         else:
-            message = f"{path} cannot be opened, or brought to this code's schema: {error}. It is as it was."
+            message = f"Cannot open or migrate {path}: {error}. The file is unchanged."
         raise errors.Unavailable(message, code="database_unavailable") from error
 
 
-_RESTORE = "Where it is damaged, restore a backup: python database.py restore FILE"
+_RESTORE = "If the file is damaged, restore a backup: python database.py restore FILE"
 
 
-def _connect_to_look(path: Path) -> Connection:
-    """A connection that changes nothing: one that may write plays what a crash left in the -wal into the file."""
+def _connect_without_changes(path: Path) -> Connection:
+    """Opens a connection for reading that leaves an existing file unchanged.
+
+    A connection that may write would copy the contents of a -wal file, which a crash left, into the database.
+    """
     if path.exists() and path.with_name(path.name + "-wal").exists():
         return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
     return sqlite3.connect(path, isolation_level=None)
 
 
-def _walk_up(path: Path, version: int, old: bool, context: AdoptionContext) -> None:
+def _migrate_from(path: Path, version: int, exists: bool, context: AdoptionContext) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.create_function("email_key", 1, email_key, deterministic=True)
-        if old:
-            _copy_beside(conn, path, version)
-        conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for as long as this takes
-        conn.execute("PRAGMA legacy_alter_table=ON")  # a view on the tables of old must not be in the way
+        if exists:
+            _copy_database(conn, path, version)
+        conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for this connection only
+        conn.execute("PRAGMA legacy_alter_table=ON")  # otherwise a view on a legacy table makes its rename fail
         for number in range(version, len(MIGRATIONS)):
             _apply(conn, MIGRATIONS[number], number + 1, context)
 
@@ -88,11 +92,13 @@ def _check_integrity(conn: Connection, path: Path) -> None:
         raise errors.Unavailable(f"{path} is damaged: {found}. {_RESTORE}", code="database_unavailable")
 
 
-def _copy_beside(conn: Connection, path: Path, version: int) -> None:
-    """A copy of the database as it was, unless there is one that is the same: a start that fails over and over
-    must not fill the disk."""
+def _copy_database(conn: Connection, path: Path, version: int) -> None:
+    """Copies the database before its migration, unless the newest such copy is identical.
+
+    Without that comparison, a start that fails again and again would fill the disk with copies.
+    """
     size = path.stat().st_size // 1_000_000
-    log.info("migrating %s (%d MB) from version %d: first a copy of it is made", path, size, version)
+    log.info("migrating %s (%d MB) from schema version %d, copying it first", path, size, version)
     partial = path.with_name(f"{path.name}.v{version}.partial.backup")
     partial.unlink(missing_ok=True)
     conn.execute("VACUUM INTO ?", (str(partial),))
@@ -101,11 +107,11 @@ def _copy_beside(conn: Connection, path: Path, version: int) -> None:
     copies = sorted(path.parent.glob(f"{glob.escape(path.name)}.*Z.v{version}.backup"))
     if copies and filecmp.cmp(copies[-1], partial, shallow=False):
         partial.unlink()
-        log.info("%s is such a copy already", copies[-1].name)
+        log.info("an identical copy already exists: %s", copies[-1].name)
         return
     copy = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.v{version}.backup")
     partial.rename(copy)
-    log.info("the copy is %s", copy.name)
+    log.info("copied the database to %s", copy.name)
 
 
 def _apply(
@@ -119,7 +125,7 @@ def _apply(
         migration(conn, context)
         for table in REFERRING:
             if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
-                raise sqlite3.IntegrityError(f"a row of {table} refers to one that is not there")
+                raise sqlite3.IntegrityError(f"a row of {table} references a row that does not exist")
         conn.execute(f"PRAGMA user_version={version:d}")
         conn.execute("COMMIT")
     finally:
@@ -128,12 +134,12 @@ def _apply(
 
 
 def schema_version(conn: Connection) -> int:
-    """The version of the schema; 0 for a legacy database or an empty file."""
+    """Returns the version of the schema; 0 for a legacy database or an empty file."""
     return int(conn.execute("PRAGMA user_version").fetchone()[0])
 
 
 class Findings(NamedTuple):
-    """What `examine` found: the version of the schema, the rows of each table, and what is wrong."""
+    """The result of `examine`: the schema version, the number of rows by table, and a sentence for each fault."""
 
     version: int
     rows: dict[str, int]
@@ -141,17 +147,20 @@ class Findings(NamedTuple):
 
 
 def examine(conn: Connection) -> Findings:
-    """Checks a database as a whole, and lists at most 20 faults of a kind. Raises sqlite3.DatabaseError where the
-    file cannot be read at all."""
+    """Checks the integrity, the tables and the foreign keys of a database, and counts its rows.
+
+    Lists at most 20 faults from `integrity_check` and 20 per table. Raises sqlite3.DatabaseError if the file cannot
+    be read.
+    """
     faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
     version = schema_version(conn)
     names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     if missing := sorted(LEGACY.keys() - set(names)):
-        faults.append(f"it is not a database of this service: it has no table {', '.join(missing)}")
+        faults.append(f"this is not a database of this service: it lacks the tables {', '.join(missing)}")
         return Findings(version, {}, faults)
-    if version:  # a legacy database may have such rows; the migration sets them aside
+    if version:  # a legacy database may have such rows; its migration moves them to orphaned_…
         faults += [
-            f"a row of {table} (rowid {rowid}) refers to one of {parent} that does not exist"
+            f"a row of {table} (rowid {rowid}) references a row of {parent} that does not exist"
             for checked in REFERRING
             if checked in names
             for table, rowid, parent, _ in conn.execute(f"PRAGMA foreign_key_check({checked})").fetchmany(20)
@@ -162,5 +171,5 @@ def examine(conn: Connection) -> Findings:
 
 
 def check(conn: Connection) -> None:
-    """Raises sqlite3.Error where the database cannot be read."""
+    """Reads from the database. Raises sqlite3.Error if that fails."""
     conn.execute("SELECT count(*) FROM (SELECT 1 FROM users LIMIT 1)").fetchone()

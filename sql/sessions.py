@@ -1,4 +1,4 @@
-"""Sessions, each a conversation of its own in a project."""
+"""The table `sessions`. A session is one conversation in a project."""
 
 import uuid
 from sqlite3 import Connection
@@ -32,7 +32,7 @@ OWNED_SESSION = "sessions s JOIN projects p ON p.id = s.project_id AND p.user_id
 
 
 def insert_session(conn: Connection, user_id: int, project_id: int, label: str | None, agent_id: str) -> Session:
-    """A session in a project of the user's. Raises errors.NotFound."""
+    """Creates a session in a project that the user owns. Raises errors.NotFound."""
     select_project(conn, user_id, project_id)
     session_id = conn.execute(
         "INSERT INTO sessions (project_id, session_key, label, agent_id, created_at) VALUES (?, ?, ?, ?, ?)",
@@ -42,7 +42,7 @@ def insert_session(conn: Connection, user_id: int, project_id: int, label: str |
 
 
 def select_sessions(conn: Connection, user_id: int, project_id: int, archived: bool) -> list[Session]:
-    """The sessions of a project, newest first. Raises errors.NotFound."""
+    """Returns either the archived or the other sessions of a project, newest first. Raises errors.NotFound."""
     select_project(conn, user_id, project_id)
     rows = conn.execute(
         f"SELECT {_SESSION} FROM sessions s WHERE s.project_id = ? AND s.archived = ? ORDER BY s.id DESC",
@@ -52,7 +52,7 @@ def select_sessions(conn: Connection, user_id: int, project_id: int, archived: b
 
 
 def select_session(conn: Connection, user_id: int, session_id: int, project_id: int | None = None) -> Session:
-    """One session (of that project, where one is given). Raises errors.NotFound."""
+    """Returns a session that the user owns, in `project_id` if that is given. Raises errors.NotFound."""
     row = conn.execute(
         f"SELECT {_SESSION} FROM {OWNED_SESSION} WHERE s.id = :id AND s.project_id = coalesce(:project_id, p.id)",
         {"user_id": user_id, "id": session_id, "project_id": project_id},
@@ -69,7 +69,7 @@ def _no_session() -> errors.NotFound:
 def update_session(
     conn: Connection, user_id: int, session_id: int, label: str | None, archived: bool | None
 ) -> Session:
-    """Changes what is not None. Raises errors.NotFound."""
+    """Changes the values that are not None, and returns the session. Raises errors.NotFound."""
     select_session(conn, user_id, session_id)
     conn.execute(
         "UPDATE sessions SET label = coalesce(?, label), archived = coalesce(?, archived) WHERE id = ?",
@@ -79,7 +79,7 @@ def update_session(
 
 
 def check_chat_session(conn: Connection, user_id: int, session_key: str) -> int:
-    """The id of a session that the user may chat in. Raises errors.NotFound."""
+    """Returns the id of a session that the user owns and that is not archived. Raises errors.NotFound."""
     row = conn.execute(
         f"SELECT s.id FROM {OWNED_SESSION} WHERE s.session_key = :key AND s.archived = 0",
         {"user_id": user_id, "key": session_key},

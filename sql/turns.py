@@ -1,4 +1,8 @@
-"""Turns: a reply's row while it is being made, and what its making needs."""
+"""The table `turns`, and the rows of replies in `messages` while their turns are queued or running.
+
+Here, `owner` is the name of the worker that runs a turn, or that holds it in the queue (see `database.Lease`).
+A queued turn whose owner is NULL is unowned: any worker may claim it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -11,12 +15,14 @@ from clock import now
 from .messages import Failure, Status, decoded
 from .sessions import check_chat_session
 
-WAITING_TURNS = 10  # contract: at most 10 turns wait in a session
+WAITING_TURNS = 10  # queued turns that a session may have; docs/api.md documents this number
 
 
 class Reply(NamedTuple):
-    """A reply as it stands; `owner` is the worker that makes it. Replies of old have no turn: its columns are
-    None."""
+    """A reply as it is stored. `message_id` and `owner` are None for a legacy reply, which has no turn.
+
+    `owner` is also None for an unowned queued turn.
+    """
 
     id: int
     message_id: int | None
@@ -30,7 +36,7 @@ class Reply(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """All that is needed to ask the gateway for a reply."""
+    """What a request to the gateway needs: the message, its session and project, and the gateway's run id if any."""
 
     reply_id: int
     message_id: int
@@ -46,7 +52,10 @@ class Turn(NamedTuple):
 
 
 class NewTurn(NamedTuple):
-    """A message to be answered. `digest` identifies what is said, `owner` is the worker that begins the turn."""
+    """The input of `begin_turn`. `digest` is a hash of the message's text and images, `label` a name for the session.
+
+    The session gets the label if it has none.
+    """
 
     user_id: int
     session_key: str
@@ -58,7 +67,7 @@ class NewTurn(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a turn ended, with the whole text of its reply."""
+    """The final status of a turn, with the whole text of its reply."""
 
     status: Status
     text: str
@@ -68,7 +77,7 @@ class Ending(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A turn that was begun now, or (`existing`) one begun before with the same key."""
+    """The result of `begin_turn`: a new turn, or (`existing`) an earlier one with the same idempotency key."""
 
     reply_id: int
     message_id: int
@@ -77,10 +86,10 @@ class Begun(NamedTuple):
 
 
 def begin_turn(conn: Connection, turn: NewTurn) -> Begun:
-    """Stores a user's message and the empty row of its reply, `streaming` or, behind others, `queued`.
+    """Stores a user's message and the empty row of its reply: `streaming`, or `queued` behind other turns.
 
-    With an idempotency key that was used before, returns the turn that was begun then. Raises errors.NotFound,
-    errors.Unprocessable (the key was used with another digest), errors.TooMany.
+    If the session already has a turn with this idempotency key, returns that turn and stores nothing. Raises
+    errors.NotFound, errors.Unprocessable (the key belongs to a message with another digest), or errors.TooMany.
     """
     session_id = check_chat_session(conn, turn.user_id, turn.session_key)
     if turn.idempotency_key is not None and (begun := _select_begun(conn, session_id, turn)):
@@ -112,7 +121,7 @@ def _select_begun(conn: Connection, session_id: int, turn: NewTurn) -> Begun | N
         return None
     if row[2] != turn.digest:
         raise errors.Unprocessable(
-            "This Idempotency-Key was used in this session for another message: use a new key for a new message.",
+            "This Idempotency-Key was already used for another message in this session. Use a new key.",
             code="idempotency_key_reused",
         )
     return Begun(row[0], row[1], session_id, existing=True)
@@ -127,7 +136,7 @@ def _count_live(conn: Connection, session_id: int) -> int:
     ).fetchone()[0]
     if waiting >= WAITING_TURNS:
         raise errors.TooMany(
-            f"{WAITING_TURNS} messages wait in this session already: wait for a reply, or stop the session.",
+            f"{WAITING_TURNS} messages already wait in this session. Wait for a reply, or stop the session.",
             code="session_busy",
             retry_after=5,
         )
@@ -135,7 +144,7 @@ def _count_live(conn: Connection, session_id: int) -> int:
 
 
 def select_reply(conn: Connection, reply_id: int) -> Reply | None:
-    """A turn's reply as it stands."""
+    """Returns a reply, or None if there is no reply with this id."""
     row = conn.execute(
         "SELECT m.id, t.message_id, m.session_id, m.content, m.status, m.error, m.usage, m.created_at, t.owner "
         "FROM messages m LEFT JOIN turns t ON t.reply_id = m.id WHERE m.id = ? AND m.role = 'assistant'",
@@ -150,7 +159,7 @@ def _reply(row: Sequence[Any]) -> Reply:
 
 
 def select_turn(conn: Connection, reply_id: int) -> Turn | None:
-    """What the gateway must be told for this reply."""
+    """Returns what a request to the gateway for this reply needs, or None if the reply has no turn."""
     row = conn.execute(
         "SELECT t.reply_id, t.message_id, t.session_id, s.session_key, s.agent_id, p.user_id, p.name, "
         "p.description, p.project_path, m.content, t.run_id FROM turns t JOIN messages m ON m.id = t.message_id "
@@ -160,7 +169,7 @@ def select_turn(conn: Connection, reply_id: int) -> Turn | None:
     return row and Turn(*row)
 
 
-_NEXT_IN_LINE = (
+_NEXT_IN_QUEUE = (
     "m.status = 'queued' AND NOT EXISTS (SELECT 1 FROM messages x WHERE x.session_id = m.session_id "
     "AND x.status = 'streaming') AND NOT EXISTS (SELECT 1 FROM messages x WHERE x.session_id = m.session_id "
     "AND x.status = 'queued' AND x.id < m.id)"
@@ -168,9 +177,9 @@ _NEXT_IN_LINE = (
 
 
 def select_claimable(conn: Connection, owner: str) -> list[int]:
-    """The waiting replies that are next in their session and that this worker may run."""
+    """Returns the queued replies that are next in an idle session and belong to `owner` or are unowned."""
     rows = conn.execute(
-        f"SELECT m.id FROM messages m JOIN turns t ON t.reply_id = m.id WHERE {_NEXT_IN_LINE} "
+        f"SELECT m.id FROM messages m JOIN turns t ON t.reply_id = m.id WHERE {_NEXT_IN_QUEUE} "
         "AND (t.owner = ? OR t.owner IS NULL)",
         (owner,),
     )
@@ -178,7 +187,7 @@ def select_claimable(conn: Connection, owner: str) -> list[int]:
 
 
 def claim_turns(conn: Connection, owner: str) -> list[int]:
-    """Makes this worker the one that runs whatever it may; returns those replies, now `streaming`."""
+    """Makes `owner` run every turn that `select_claimable` returns: sets it to `streaming`. Returns the replies."""
     claimed = select_claimable(conn, owner)
     for reply_id in claimed:
         conn.execute("UPDATE messages SET status = 'streaming' WHERE id = ?", (reply_id,))
@@ -192,8 +201,10 @@ _RUNNING_HERE = (
 
 
 def update_replies(conn: Connection, owner: str, replies: Sequence[tuple[int, str, str | None]]) -> list[int]:
-    """Stores the text so far of (reply, text, gateway's run id); returns the replies that are not this
-    worker's any more."""
+    """Stores the text so far of running replies, each given as (reply id, text, gateway's run id).
+
+    Returns the ids of the replies that `owner` no longer runs; those are left unchanged.
+    """
     lost = []
     for reply_id, text, run_id in replies:
         values = {"id": reply_id, "owner": owner, "content": text}
@@ -207,7 +218,10 @@ def update_replies(conn: Connection, owner: str, replies: Sequence[tuple[int, st
 
 
 def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> bool:
-    """The end of a turn, in one write. False where it is not this worker's any more, and nothing changed."""
+    """Stores status, text, usage and error of a finished reply in one UPDATE.
+
+    Returns False, and leaves the reply unchanged, if `owner` no longer runs it.
+    """
     done = conn.execute(
         f"UPDATE messages SET status = :status, content = :content, usage = :usage, error = :error "
         f"WHERE {_RUNNING_HERE}",
@@ -225,14 +239,17 @@ def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> 
 
 
 class Halted(NamedTuple):
-    """What a stop found: replies that run and will end as `stopped`, and waiting ones that were dropped."""
+    """The replies that a stop affected: `running` ones, which their workers stop, and `dropped` queued ones."""
 
     running: list[int]
     dropped: list[int]
 
 
 def request_stop(conn: Connection, session_ids: Sequence[int]) -> Halted:
-    """Asks the worker of each running turn of these sessions to stop it; drops the waiting ones."""
+    """Requests a stop of the running turns of these sessions, and ends the queued ones as `stopped`.
+
+    The worker of a running turn sees the request in `select_running`.
+    """
     running: list[int] = []
     dropped: list[int] = []
     for session_id in session_ids:
@@ -248,7 +265,7 @@ def _ids(conn: Connection, sql: str, *values: object) -> list[int]:
 
 
 def select_running(conn: Connection, owner: str) -> dict[int, bool]:
-    """The replies that this worker runs: reply id → whether its stop was requested."""
+    """Returns the replies that this worker runs: reply id → True if a stop was requested."""
     rows = conn.execute(
         "SELECT m.id, t.stop_requested = 1 FROM messages m JOIN turns t ON t.reply_id = m.id "
         "WHERE m.status = 'streaming' AND t.owner = ?",
@@ -258,14 +275,14 @@ def select_running(conn: Connection, owner: str) -> dict[int, bool]:
 
 
 def count_turns(conn: Connection) -> tuple[int, int]:
-    """How many turns run and how many wait, in every process."""
+    """Returns the numbers of running and of queued turns, across all processes."""
     running = conn.execute("SELECT count(*) FROM messages WHERE status = 'streaming'").fetchone()
     waiting = conn.execute("SELECT count(*) FROM messages WHERE status = 'queued'").fetchone()
     return running[0], waiting[0]
 
 
 def select_owners(conn: Connection) -> list[str]:
-    """The workers that run turns, have them waiting, or are about a job."""
+    """Returns the workers that own running turns, queued turns or outbox jobs. Some of them may be dead."""
     rows = conn.execute(
         "SELECT t.owner FROM messages m JOIN turns t ON t.reply_id = m.id WHERE m.status = 'streaming' "
         "UNION SELECT t.owner FROM messages m JOIN turns t ON t.reply_id = m.id WHERE m.status = 'queued' "
@@ -275,8 +292,10 @@ def select_owners(conn: Connection) -> list[str]:
 
 
 def inherit(conn: Connection, dead: str, heir: str) -> list[int]:
-    """Makes `heir` the owner of the replies that a dead worker left running, and returns them; what it had
-    waiting and its jobs are up for grabs."""
+    """Makes `heir` the owner of the replies that a dead worker left running, and returns their ids.
+
+    The queued turns and the outbox jobs of the dead worker become unowned.
+    """
     conn.execute("UPDATE outbox SET owner = NULL WHERE owner = ?", (dead,))
     conn.execute(
         "UPDATE turns SET owner = NULL WHERE owner = ? AND reply_id IN "
@@ -293,7 +312,7 @@ def inherit(conn: Connection, dead: str, heir: str) -> list[int]:
 
 
 def release_waiting(conn: Connection, owner: str) -> None:
-    """Gives the turns that wait for this worker to whoever lives."""
+    """Makes the queued turns of a worker unowned, so that another worker can claim them."""
     conn.execute(
         "UPDATE turns SET owner = NULL WHERE owner = ? AND reply_id IN "
         "(SELECT id FROM messages WHERE status = 'queued')",
@@ -302,6 +321,6 @@ def release_waiting(conn: Connection, owner: str) -> None:
 
 
 def select_known_runs(conn: Connection, session_id: int) -> set[str]:
-    """The gateway's run ids of a session's turns."""
+    """Returns the gateway's run ids that are stored for the turns of a session."""
     rows = conn.execute("SELECT run_id FROM turns WHERE session_id = ? AND run_id IS NOT NULL", (session_id,))
     return {row[0] for row in rows}

@@ -1,61 +1,39 @@
-"""A small OpenClaw gateway over real loopback HTTP, for the tests and for `start-backend.sh --demo`.
+"""A small OpenClaw gateway over real loopback HTTP, for the tests: the demo's, which misbehaves when it is asked to.
 
 It answers in the shapes of the real one (package `openclaw` 2026.9.6) and needs nothing that the service does
 not need. A directive in the newest user message, `[[key=value key=value]]`, makes it misbehave: see `Plan`.
-As a program: `python -m tests.stand_in --help`.
 """
 
-import argparse
 import asyncio
 import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
 import socket
-import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
-from starlette.websockets import WebSocket
 
-Json = dict[str, Any]
+from demo import USAGE, DemoGateway, Json, RefusedError, encoded, event
 
 NO_RESPONSE = "No response from OpenClaw."
 MAX_BODY = 20 * 1024 * 1024
-USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-STORED_USAGE = {"input": 10, "output": 5, "totalTokens": 15}
 DIRECTIVE = re.compile(r"\[\[(\w+=[^\[\]]*)\]\]")
 MODEL = re.compile(r"openclaw(?:/default)?|(?:openclaw[:/]|agent:)([a-z0-9][a-z0-9_-]{0,63})")
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.S)
 PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp", re.S)
 # Two characters a word at least; most take several bytes each, so that a cut is likely to hit one.
 WORDS = ("Hello ", "naïve ", "Grüße, ", "日本語", "👩‍👩‍👧‍👦", '"C:\\dir" ', "a\n\nb", "x\u2028y", "n\u0303 ", "€ ")
-DEMO = (
-    "Hello! I am the demo stand-in: there is no OpenClaw gateway and no agent behind me. You wrote: “{text}”. "
-    "That was message {number} of this conversation.{seen} A real agent would think about it now; "
-    "I only show how a reply arrives, word by word. To talk to a real one, set CLAWDBOT_BASE_URL and CLAWDBOT_TOKEN "
-    "and start without --demo."
-)
-ERRORS = {
-    400: ("Unknown agent 'nope'.", "invalid_request_error"),
-    401: ("Unauthorized", "unauthorized"),
-    413: ("Payload too large", "invalid_request_error"),
-    429: ("Too many failed authentication attempts. Please try again later.", "rate_limited"),
-}
-PLAIN_ERRORS = {404: "Not Found", 503: "Service Unavailable"}
 FAILED: Json = {"error": {"message": "internal error", "type": "api_error"}}
 BAD_IMAGE = "Invalid image_url content in `messages`."
 # What `[[end=...]]` may say: OpenClaw itself holds the run for done; the body is this and no more; the rest.
@@ -65,15 +43,6 @@ BODIES = {
     "html": b"<!doctype html><title>Welcome</title><h1>Some other server</h1>",
 }
 ENDS = (*COMPLETE, *BODIES, "eof", "drop", "error", "hang", "badjson")
-
-
-class RefusedError(Exception):
-    """A request that OpenClaw answers with an error of its own."""
-
-    def __init__(self, status: int, message: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message or ERRORS.get(status, ("internal error",))[0]
 
 
 @dataclass(frozen=True)
@@ -122,17 +91,15 @@ class Plan:
 
 def reply_text(directive_text: str, number: int = 1, images: Sequence[bytes] = ()) -> str:
     """The whole reply to a message, the `number`th of its conversation, as a client must have it."""
-    return _joined(_pieces(directive_text, number, images, demo=False))
+    return _joined(_pieces(directive_text, number, images))
 
 
-def _pieces(text: str, number: int, images: Sequence[bytes], demo: bool) -> list[str]:
+def _pieces(text: str, number: int, images: Sequence[bytes]) -> list[str]:
     if DIRECTIVE.search(text):
         return Plan.of(text).pieces()
     pictures = "".join(f" [image {hashlib.sha256(image).hexdigest()[:12]}]" for image in images)
     said = f"You said: {text} (message {number} of this conversation){pictures}"
-    seen = f" Pictures that came with it: {len(images)}." if images else ""
-    reply = DEMO.format(text=text[:200], number=number, seen=seen) if demo else said
-    return re.findall(r"\s*\S+|\s+$", reply)
+    return re.findall(r"\s*\S+|\s+$", said)
 
 
 def _joined(pieces: list[str]) -> str:
@@ -173,25 +140,7 @@ class Run:
     def chunk(self, delta: Json, finish_reason: str | None = None) -> bytes:
         """A chunk as an event of the stream."""
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return _event(self.frame("chat.completion.chunk", [choice]))
-
-
-def _encoded(data: Json) -> bytes:
-    """JSON as JavaScript writes it: nothing escaped that need not be, except half a surrogate pair."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
-
-
-def _event(data: Json) -> bytes:
-    return b"data: " + _encoded(data) + b"\n\n"
-
-
-async def _refusal(_: Request, refused: Exception) -> Response:
-    status, message = (refused.status, refused.message) if isinstance(refused, RefusedError) else (500, "")
-    if status in PLAIN_ERRORS:
-        return PlainTextResponse(PLAIN_ERRORS[status], status)
-    kind = ERRORS.get(status, ("", "api_error"))[1]
-    headers = {"Retry-After": "7"} if status == 429 else None
-    return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
+        return event(self.frame("chat.completion.chunk", [choice]))
 
 
 def _newest(messages: list[Json]) -> tuple[str, list[bytes]]:
@@ -280,23 +229,20 @@ class _Server(uvicorn.Server):
             connection.shutdown()
 
 
-class StandIn:
+class StandIn(DemoGateway):
     """The gateway, in a thread of its own: `with StandIn() as gateway: ... gateway.url ...`.
 
     It may be stopped and started again on its port; its sessions outlive that, as OpenClaw's do.
     `requests`, `runs` and `deleted` grow in the order of what happens; `sessions` holds the transcripts.
     """
 
-    def __init__(self, port: int = 0, token: str = "stand-in-token", *, demo: bool = False) -> None:  # noqa: S107 - of tests
+    def __init__(self, port: int = 0, token: str = "stand-in-token") -> None:  # noqa: S107 - of tests
+        super().__init__(token)
         self.host = "127.0.0.1"
         self.port = port
-        self.token = token
-        self.demo = demo
-        self.agents = ["main"]
         self.endpoint_enabled = True
         self.requests: list[Received] = []
         self.runs: list[Run] = []
-        self.sessions: dict[str, list[Json]] = {}
         self.deleted: list[str] = []
         self._busy: set[str] = set()
         self._server: uvicorn.Server | None = None
@@ -341,40 +287,30 @@ class StandIn:
 
     def bind(self) -> tuple[uvicorn.Server, socket.socket]:
         """A server and the socket it is to serve, which is bound and says the port."""
-        routes = [
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/models", self._models),
-            Route("/startupz", lambda _: JSONResponse({"ok": True, "status": "started", "version": "stand-in"})),
-            Route("/healthz", lambda _: JSONResponse({"ok": True, "status": "live"})),
-            Route("/_requests", self._list_runs),
-            WebSocketRoute("/", self._websocket),
-        ]
-        app = Starlette(routes=routes, exception_handlers={RefusedError: _refusal})
         # Nothing is logged: what a plan breaks on purpose would look like a fault in a test's output.
         quiet: Json = {"log_config": None, "log_level": "critical", "access_log": False}
-        server = _Server(uvicorn.Config(app, lifespan="off", **quiet))
+        server = _Server(uvicorn.Config(self.app(), lifespan="off", **quiet))
         listener = socket.create_server((self.host, self.port))
         self.port = listener.getsockname()[1]
         return server, listener
 
-    def _check(self, request: Request) -> None:
+    def routes(self) -> list[BaseRoute]:
+        """The demo's, and one that lists the runs."""
+        return [*super().routes(), Route("/_requests", self._list_runs)]
+
+    def check(self, request: Request) -> None:
+        """As in the demo; the endpoint may be off."""
         if not self.endpoint_enabled:
             raise RefusedError(404)
-        if request.headers.get("authorization") != f"Bearer {self.token}":
-            raise RefusedError(401)
-
-    async def _models(self, request: Request) -> Response:
-        self._check(request)
-        names = ["openclaw", "openclaw/default", *(f"openclaw/{agent}" for agent in self.agents)]
-        rest = {"object": "model", "created": 0, "owned_by": "openclaw", "permission": []}
-        return JSONResponse({"object": "list", "data": [{"id": name, **rest} for name in names]})
+        super().check(request)
 
     async def _list_runs(self, _: Request) -> Response:
         shown = ("session_key", "text", "run_id", "state", "sent")
         return JSONResponse([{name: getattr(run, name) for name in shown} for run in self.runs])
 
-    async def _chat(self, request: Request) -> Response:
-        self._check(request)
+    async def chat(self, request: Request) -> Response:
+        """Does what the message's directive says."""
+        self.check(request)
         raw = await request.body()
         if len(raw) > MAX_BODY:
             raise RefusedError(413)
@@ -388,8 +324,8 @@ class StandIn:
         await self._claim(key)
         run = Run(key, text, body["model"])
         self.runs.append(run)
-        number = self._record(key, role="user", content=text)
-        return self._answer(run, plan, _pieces(text, number, images, self.demo), body)
+        number = self.record(key, role="user", content=text)
+        return self._answer(run, plan, _pieces(text, number, images), body)
 
     async def _claim(self, key: str) -> None:
         if key in self._busy:
@@ -419,7 +355,7 @@ class StandIn:
         yield run.chunk({"role": "assistant"})
         await asyncio.sleep(plan.first)
         for index, piece in enumerate(pieces):
-            await asyncio.sleep((plan.delay or 0.03 * self.demo) if index else 0)
+            await asyncio.sleep(plan.delay if index else 0)
             run.sent += len(piece)
             yield run.chunk({"content": piece})
         if plan.end == "hang":
@@ -427,7 +363,7 @@ class StandIn:
         elif plan.end == "drop":
             yield run.chunk({"content": "é"})[:-12]
         elif plan.end == "error":
-            yield _event(FAILED) + b"data: [DONE]\n\n"
+            yield event(FAILED) + b"data: [DONE]\n\n"
         elif plan.end == "badjson":
             yield b'data: {"id":"chatcmpl_\n\n'
         if plan.end in COMPLETE:
@@ -435,7 +371,7 @@ class StandIn:
         if plan.end in (*COMPLETE, "badjson"):
             yield run.chunk({}, "stop")
             if with_usage:
-                yield _event(run.frame("chat.completion.chunk", [], USAGE))
+                yield event(run.frame("chat.completion.chunk", [], USAGE))
             if plan.end != "no_done":
                 yield b"data: [DONE]\n\n"
 
@@ -445,12 +381,12 @@ class StandIn:
             await asyncio.Event().wait()
         message = {"role": "assistant", "content": _joined(pieces)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        whole = _encoded(run.frame("chat.completion", [choice], USAGE))
+        whole = encoded(run.frame("chat.completion", [choice], USAGE))
         if plan.end in COMPLETE:
             self._complete(run, pieces)
             yield whole
         else:
-            yield BODIES.get(plan.end, _encoded(FAILED) if plan.end == "error" else whole[:-20])
+            yield BODIES.get(plan.end, encoded(FAILED) if plan.end == "error" else whole[:-20])
 
     def _session_key(self, body: Json, header: str | None) -> str:
         named = MODEL.fullmatch(str(body.get("model")).lower())
@@ -467,58 +403,24 @@ class StandIn:
 
     def _complete(self, run: Run, pieces: list[str]) -> None:
         text = "" if pieces == [NO_RESPONSE] else _joined(pieces)
-        content = [{"type": "text", "text": text}] if text else []
-        rest: Json = {"content": content, "stopReason": "stop", "usage": STORED_USAGE}
-        self._record(run.session_key, {"runId": run.run_id}, role="assistant", **rest)
+        self.record_reply(run.session_key, run.run_id, text)
         run.state = "complete"
 
-    def _record(self, key: str, marks: Json | None = None, **item: Any) -> int:
-        """Appends to the transcript; says how many messages the user has in it."""
-        items = self.sessions.setdefault(key, [])
-        marks = {**(marks or {}), "id": uuid.uuid4().hex[:8], "seq": len(items) + 1}
-        items.append({**item, "timestamp": int(time.time() * 1000), "__openclaw": marks})
-        return sum(item["role"] == "user" for item in items)
-
-    async def _websocket(self, websocket: WebSocket) -> None:
-        await websocket.accept()
-        challenge = {"nonce": str(uuid.uuid4()), "ts": int(time.time() * 1000)}
-        await websocket.send_json({"type": "event", "event": "connect.challenge", "payload": challenge})
-        connected = False
-        async for text in websocket.iter_text():
-            request = json.loads(text)
-            answer: Json = {"type": "res", "id": request["id"], "ok": True}
-            try:
-                if not connected and request["method"] != "connect":
-                    raise RefusedError(400, "invalid handshake: first request must be connect")
-                answer["payload"] = self._call(request["method"], request.get("params") or {})
-                connected = True
-            except RefusedError as refused:
-                answer |= {"ok": False, "error": {"code": "INVALID_REQUEST", "message": refused.message}}
-            await websocket.send_json(answer)
-            if not connected:
-                await websocket.close(1008)
-                return
-
-    def _call(self, method: str, params: Json) -> Json:
+    def call(self, method: str, params: Json) -> Json:
+        """As in the demo, with the sessions that were deleted, a list of sessions, and texts cut as OpenClaw cuts."""
         match method:
-            case "connect":
-                if (params.get("auth") or {}).get("token") != self.token:
-                    raise RefusedError(401, "unauthorized: gateway token mismatch (provide gateway auth token)")
-                return {"type": "hello-ok", "protocol": 4, "server": {"version": "stand-in"}}
             case "sessions.delete":
                 self.deleted.append(params["key"])
-                known = self.sessions.pop(params["key"], None) is not None
-                return {"ok": True, "key": params["key"], "deleted": known}
             case "sessions.list":
                 keys = list(self.sessions)[: params.get("limit")]
                 return {"count": len(keys), "sessions": [{"key": key} for key in keys]}
             case "chat.history":
-                cap, limit = params.get("maxChars", 8000), params.get("limit", 200)
+                cap = params.get("maxChars", 8000)
                 if cap > 500_000:
                     raise RefusedError(400, "invalid chat.history params: at /maxChars: must be <= 500000")
-                items = self.sessions.get(params["sessionKey"], [])[-limit:]
-                return {"sessionKey": params["sessionKey"], "messages": [_shown(item, cap) for item in items]}
-        raise RefusedError(400, f"unknown method: {method}")
+                payload = super().call(method, params)
+                return {**payload, "messages": [_shown(item, cap) for item in payload["messages"]]}
+        return super().call(method, params)
 
 
 def _shown(item: Json, cap: int) -> Json:
@@ -531,32 +433,3 @@ def _shown(item: Json, cap: int) -> Json:
     cut = units[: 2 * cap].decode("utf-16-le", "ignore") + "\n...(truncated)..."
     content = cut if by_user else [{"type": "text", "text": cut}]
     return {**item, "content": content, "__openclaw": {**item["__openclaw"], "truncated": True}}
-
-
-def main() -> None:
-    """Serves as a program, until SIGINT or SIGTERM."""
-    parser = argparse.ArgumentParser(prog="python -m tests.stand_in", description=__doc__.partition("\n")[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0, the default, takes a free one")
-    parser.add_argument("--token", default="stand-in-token")
-    parser.add_argument("--demo", action="store_true", help="talk like a friendly demo, a word every 30 ms")
-    parser.add_argument("--port-file", type=Path, help="write the port into this file once it listens")
-    options = parser.parse_args()
-    stand_in = StandIn(options.port, options.token, demo=options.demo)
-    stand_in.host = options.host
-    try:
-        server, listener = stand_in.bind()
-    except OSError as error:
-        sys.exit(f"The stand-in gateway cannot listen on {stand_in.url}: {os.strerror(error.errno or 0)}")
-    if options.port_file:
-        partial = options.port_file.with_suffix(".partial")
-        partial.write_text(f"{stand_in.port}\n")
-        partial.replace(options.port_file)
-    sys.stdout.write(f"stand-in gateway on {stand_in.url}\n")
-    sys.stdout.flush()
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener])
-
-
-if __name__ == "__main__":
-    main()

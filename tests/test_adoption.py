@@ -250,10 +250,10 @@ def test_the_log_says_how_many(path: Path, caplog: pytest.LogCaptureFixture) -> 
         adopt(path)
     (copy,) = path.parent.glob("*.v0.backup")
     assert copy.name in caplog.text
-    assert "adopted 3 users, 2 projects, 3 sessions, 7 messages" in caplog.text
-    assert "kept aside: 0 projects, 0 sessions, 2 messages" in caplog.text
-    assert "images: 2 are files now, 1 are none and stay" in caplog.text
-    assert "the trigger update_projects_timestamp on projects goes" in caplog.text
+    assert "migrated 3 users, 2 projects, 3 sessions, 7 messages" in caplog.text
+    assert "orphaned_… tables: 0 projects, 0 sessions, 2 messages" in caplog.text
+    assert "stored 2 images as files, left 1 values that are not images in" in caplog.text
+    assert "dropping the trigger update_projects_timestamp on projects" in caplog.text
 
 
 def test_the_copy_beside_is_the_file_as_it_was(path: Path) -> None:
@@ -295,7 +295,7 @@ def damage(content: bytes) -> bytes:
         (damage, "damaged"),
         (lambda content: content[: len(content) // 2], "damaged|malformed"),
         (lambda _: b"This is a letter to my aunt.\n" * 500, "not a database"),
-        (lambda content: content[:60] + (99).to_bytes(4, "big") + content[64:], "start the newer code"),
+        (lambda content: content[:60] + (99).to_bytes(4, "big") + content[64:], "Start the newer code"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[bytes], bytes], said: str) -> None:
@@ -325,7 +325,7 @@ def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -
         for suffix in ("", "-wal", "-shm"):
             shutil.copy(f"{path}{suffix}", f"{crashed}{suffix}")
     before = crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()
-    with pytest.raises(errors.Unavailable, match=r"start the newer code|turns already exists\. It is as it was"):
+    with pytest.raises(errors.Unavailable, match=r"Start the newer code|turns already exists\. The file is unchanged"):
         sql.migrate(crashed)
     if spoil.startswith("PRAGMA"):
         assert (crashed.read_bytes(), Path(f"{crashed}-wal").read_bytes()) == before
@@ -503,16 +503,16 @@ def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog
         db.close()
     assert "database.py claim --from-user 1 --to EMAIL" in caplog.text
     for user_id, email, said in (
-        (1, "x@example.com", "an account with the e-mail x@example.com: sign up first"),
-        (9, "bob@example.com", "There is not a user 9"),
-        (2, "bob@example.com", "Somebody can sign in as user 2"),
+        (1, "x@example.com", "There is no account with the e-mail x@example.com. Sign up first."),
+        (9, "bob@example.com", "There is no user 9"),
+        (2, "bob@example.com", "User 2 can log in"),
     ):
         done = claim(tmp_path, user_id, email)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     new = Served(old.settings)
     with new:  # it can be done while the service runs
         done = claim(tmp_path, 1, "BOB@example.com")
-        assert (done.returncode, done.stdout) == (0, "1 projects of user 1 belong to BOB@example.com now\n"), (
+        assert (done.returncode, done.stdout) == (0, "1 projects of user 1 now belong to BOB@example.com\n"), (
             done.stderr
         )
         token = login(new, "bob@example.com", "hunter22!").json()["access_token"]

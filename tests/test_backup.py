@@ -299,7 +299,7 @@ def test_a_backup_that_is_killed_leaves_no_backup(live: Path) -> None:
     assert not target.exists()
     refused = command("backup", target)
     assert refused.returncode == FILE_PROBLEM
-    assert "delete it" in refused.stderr
+    assert "delete the file" in refused.stderr
     partial.unlink()
     assert run("backup", target) == DONE
 
@@ -343,7 +343,7 @@ def test_images_and_projects_are_listed_and_missed(
     said = capsys.readouterr().out
     assert f"the image {first} is missing\n" in said
     assert f"the image {second} has another size" in said
-    assert f"the folder {readme.parent} has 0 files, it had 1" in said
+    assert f"the folder {readme.parent} has 0 files, but had 1" in said
     readme.parent.rmdir()
     assert run("restore", backup) == DONE
     assert f"the folder {readme.parent} of project {project['id']} is missing\n" in capsys.readouterr().out

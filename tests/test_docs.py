@@ -29,7 +29,7 @@ NOT_OURS = {"openclaw.json"}  # files of other programs that documents name
 DIALECT = re.compile(
     r"\b(of old|(goes|go|went) on|(is|are|was) told(?! to)|cannot be had|up for grabs|errands?|walk(s|ed)? up"
     r"|(?<!there )is no (picture|image|file|folder|uuid)|call(s|ed)? off|stays? to be|beside|nobody's"
-    r"|(serves?|served) on|made good|seen through|has to see to it)\b"
+    r"|(serves?|served) on(?! (a|an|the|port)\b)|made good|seen through|has to see to it)\b"
 )
 PACKAGES = sorted({path.parent.name for path in CHECKOUT.glob("*/__init__.py")} - {"tests"})
 PRODUCT = (

@@ -321,7 +321,7 @@ def test_two_fronts_of_a_port_are_one(front: Start, checkout: Checkout) -> None:
     worker = serves(checkout)
     second = front()
     assert second.wait(15) == 4
-    assert f"another front already, process {first.pid}" in output(checkout)
+    assert f"another front, process {first.pid}, already runs port {checkout.port}" in output(checkout)
     assert checkout.workers() == [worker]
 
 
@@ -340,7 +340,7 @@ def test_a_port_of_a_stranger_is_said_with_its_holder(front: Start, checkout: Ch
     """The front ends for good and names the process that holds the port."""
     with socket.create_server(("127.0.0.1", checkout.port)):
         assert front().wait(15) == 4
-    assert f"Port {checkout.port} cannot be had: address already in use, by process {os.getpid()}" in output(checkout)
+    assert f"Port {checkout.port} is already in use by process {os.getpid()}." in output(checkout)
 
 
 def test_a_directory_of_somebody_else_is_said(front: Start, checkout: Checkout) -> None:
@@ -427,7 +427,7 @@ def test_a_worker_that_cannot_come_back_is_tried_again(front: Start, checkout: C
     worker = serves(checkout)
     checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport nowhere\n")
     os.kill(worker, signal.SIGKILL)
-    until(lambda: "the worker did not start, again in" in output(checkout), 20, "a try that fails")
+    until(lambda: "the worker did not start, retrying in" in output(checkout), 20, "a try that fails")
     assert is_open(checkout.port)
     checkout.edit("app.py", "import asyncio\nimport nowhere\n", "import asyncio\n")
     assert httpx.get(f"{checkout.url}/health", timeout=30, trust_env=False).status_code == 200

@@ -3,10 +3,7 @@
 import base64
 import hashlib
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -392,29 +389,3 @@ def test_it_stops_while_streams_hang_and_starts_again_where_it_was() -> None:
     assert "(message 2 of this conversation)" in ask(gateway, "good day").text
     gateway.stop()
     gateway.stop()
-
-
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_as_a_program_it_says_where_it_is_and_what_it_ran(tmp_path: Path, end: signal.Signals) -> None:
-    port_file = tmp_path / "port"
-    command = [sys.executable, "-m", "tests.stand_in", "--token", "T", "--demo", "--port-file", str(port_file)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        url = f"http://127.0.0.1:{port_file.read_text().strip()}" if process.stdout.readline() else ""
-        token = {"Authorization": "Bearer T"}
-        body = {"model": "agent:main", "messages": [{"role": "user", "content": "Who is there?"}], "stream": True}
-        reply = text_of(httpx.post(f"{url}/v1/chat/completions", json=body, headers=token).text)
-        assert "demo stand-in" in reply
-        assert "no agent behind me" in reply
-        assert "“Who is there?”" in reply
-        (run,) = httpx.get(f"{url}/_requests").json()
-        assert (run["text"], run["state"], run["sent"]) == ("Who is there?", "complete", len(reply))
-        process.send_signal(end)
-        assert process.wait(10) in (0, 130, -signal.SIGTERM)
-
-
-def test_as_a_program_it_says_when_its_port_is_taken(gateway: StandIn) -> None:
-    command = [sys.executable, "-m", "tests.stand_in", "--port", str(gateway.port)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip() == f"The stand-in gateway cannot listen on {gateway.url}: Address already in use"

@@ -54,7 +54,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(directory, "add", ".")
     git(directory, "commit", "-m", "First")
     assert run(start, "--check").stderr == (
-        "start-backend.sh: Installing what requirements.lock names into venv/; this takes a minute.\n"
+        "start-backend.sh: Installing the packages of requirements.lock into venv/; this takes about a minute.\n"
     )
     return directory
 
@@ -140,7 +140,7 @@ def test_a_port_in_use_is_named_with_its_holder(checkout: Path) -> None:
     with socket.create_server(("127.0.0.1", port)):
         done = run(checkout / "start-backend.sh", "--check")
     assert done.returncode == 4
-    assert f"Port {port} cannot be had: address already in use" in done.stderr
+    assert f"Port {port} is already in use" in done.stderr
     assert (f"by process {os.getpid()}." in done.stderr) == bool(shutil.which("ss"))
 
 
@@ -208,11 +208,11 @@ def test_two_starts_at_once_build_one_environment(checkout: Path) -> None:
 
 def test_a_missing_python_is_said(checkout: Path, tmp_path: Path) -> None:
     wrong = run(checkout / "start-backend.sh", "--check", PYTHON="/bin/false")
-    assert (wrong.returncode, "PYTHON=/bin/false is no Python 3.11" in wrong.stderr) == (1, True)
+    assert (wrong.returncode, "PYTHON=/bin/false is not Python 3.11" in wrong.stderr) == (1, True)
     for tool in ("bash", "dirname", "readlink"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     none = run(checkout / "start-backend.sh", "--check", PYTHON="", PATH=str(tmp_path), cwd=tmp_path)
-    assert (none.returncode, "Python 3.11 or newer is needed" in none.stderr) == (1, True)
+    assert (none.returncode, "Python 3.11 or newer was not found" in none.stderr) == (1, True)
 
 
 def test_a_python_without_venv_is_said(checkout: Path, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
     assert {path.name for path in copy.iterdir()} <= before
 
 
-@pytest.mark.parametrize("part", ["app:app", "tests.stand_in"])
+@pytest.mark.parametrize("part", ["app:app", "demo.py"])
 def test_a_demo_of_which_a_part_dies_ends_and_says_so(ready: Path, temporary: Path, part: str) -> None:
     with demo(ready / "start-backend.sh", temporary) as (process, url, _):
         found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", part], capture_output=True, check=True)

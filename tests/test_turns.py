@@ -192,7 +192,7 @@ def test_sends_run_in_order_and_the_twelfth_is_refused(ada: Person, openclaw: St
     session, answers = ada.session(), []
     with ThreadPoolExecutor(11) as pool:
         for number in range(11):
-            text = f"{number} [[chunks=10 delay=0.05]]"
+            text = f"{number} [[chunks=10 delay={0 if number else 0.5}]]"  # the first runs while the others are sent
             answers.append(pool.submit(ada.say, session, text))
             count = 2 * (number + 1)
             # mypy cannot infer the type of a lambda with a default.

@@ -126,7 +126,7 @@ BREAK = {
 def test_code_that_does_not_start_costs_nothing(running: PM2, checkout: Checkout, ada: Person, what: str) -> None:
     """The old code serves on, PM2's log and health say why, and the next good reload takes over."""
     name, old, new, reason = BREAK[what]
-    checkout.edit("handover/front.py", "START_WITHIN = 300", "START_WITHIN = 4")
+    checkout.edit("handover/front.py", "START_TIMEOUT = 300", "START_TIMEOUT = 4")
     running.do("restart", NAME)
     before = checkout.health()
     with Load(ada, [ada.session()], "[[chunks=40 delay=0.1]]") as load:
