@@ -75,9 +75,9 @@ def write_file(root: Path, path: str, data: bytes) -> None:
 def tree(root: Path) -> list[Node]:
     """Returns all files and folders below `root`, sorted by name. Returns nothing if `root` is missing or a link.
 
-    Leaves out links, devices and this module's temporary files. A folder has no children in the result if it vanishes
-    meanwhile, must not be read, or is MAX_DEPTH levels deep. Bytes of a name that are not UTF-8 become U+FFFD.
-    Raises errors.Unavailable.
+    Leaves out links, devices and this module's temporary files. A folder has no children in the result if it was
+    removed during the call, is not readable, or is MAX_DEPTH levels deep. Bytes of a name that are not UTF-8 become
+    U+FFFD. Raises errors.Unavailable.
     """
     with _explained():
         return _children(os.fspath(root), None, "", MAX_DEPTH)

@@ -23,7 +23,7 @@ class LiveReply:
         self.usage = row.usage
         self.error = row.error
         self.run_id: str | None = None
-        self.first_after: float | None = None  # seconds from the request to the first text, if made here
+        self.first_after: float | None = None  # seconds from the request to the first text, if this process made it
         self.length = 0
         self._parts: list[str] = []
         self._ends: list[int] = []

@@ -197,7 +197,7 @@ class TestRecognition:
         ):
             refusal(errors.Invalid, "invalid_image", damaged)
 
-    def test_page_behind_a_picture(self) -> None:
+    def test_html_after_an_image(self) -> None:
         """A valid image that is followed by HTML is accepted as an image and gets an image's media type."""
         data = made("GIF") + b"<script>alert(1)</script>"
         image = decode(data)
@@ -393,7 +393,7 @@ class TestHeic:
         assert not shown.getexif()
         assert b"Secret" not in image.data
 
-    def test_colour_profile(self) -> None:
+    def test_color_profile(self) -> None:
         """The color profile is kept, since photos of phones look pale without it; one that is too large is removed."""
         profile = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
         shown = PIL.Image.open(io.BytesIO(decode(made("HEIF", icc_profile=profile)).data))
@@ -455,7 +455,7 @@ def files(folder: Path) -> set[str]:
 
 
 class TestStore:
-    def test_life_of_a_picture(self, store: ImageStore, tmp_path: Path) -> None:
+    def test_life_of_an_image(self, store: ImageStore, tmp_path: Path) -> None:
         """An image is staged, published, read, and removed with its session; another session's copy stays."""
         images = [decode(made(kind)) for kind in (*FORMATS, "HEIF")]
         staged = store.stage(images)
@@ -470,7 +470,7 @@ class TestStore:
         store.remove_session(SESSION)
         assert files(tmp_path / "images") == {copy}
 
-    def test_same_picture_again(self, store: ImageStore, tmp_path: Path) -> None:
+    def test_same_image_again(self, store: ImageStore, tmp_path: Path) -> None:
         """The same image, twice in a message and again in a later one, is one file of its session."""
         image = decode(made("PNG"))
         names = store.publish(SESSION, store.stage([image, image]))

@@ -57,7 +57,7 @@ def test_four_ways_are_four_turns_of_one_conversation(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "HEIF"])
-def test_every_kind_of_picture_reaches_the_model(provider: ModelProvider, person: Person, kind: str) -> None:
+def test_every_type_of_image_reaches_the_model(provider: ModelProvider, person: Person, kind: str) -> None:
     """An image of each accepted type reaches the model with the same size and color."""
     mark = f"kind{kind}"
     answer = person.say(person.session(), f"Look MARK-{mark}", image=encoded(picture(kind)))
