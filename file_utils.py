@@ -295,7 +295,7 @@ def _empty(top: int) -> None:
 
 
 def _lift(name: str, top: int) -> None:
-    """Moves the folders inside a folder up to `top`, so that deep trees need no recursion, and removes the rest."""
+    """Moves the subfolders of a folder up to `top`, so that deep trees need no recursion, and removes the folder."""
     with _opened(name, _FOLDER, top) as folder:
         for inner in os.listdir(folder):  # noqa: PTH208 - pathlib cannot list a descriptor
             if not _unlinked(inner, folder):

@@ -148,7 +148,7 @@ class ImageStore:
         return self.publish(session_key, self.stage([image]))[0], image.data == data
 
     def load(self, file: str) -> Image:
-        """Reads a published image. Raises errors.NotFound (`image_not_found`)."""
+        """Reads a published image. Raises errors.NotFound (`image_not_found`), errors.Unavailable."""
         if not _FILE.fullmatch(file):
             raise _not_found()
         try:

@@ -93,7 +93,7 @@ class _Running:
 
 
 class Turns:
-    """The turns of one process. Its database coordinates them with those of other processes."""
+    """The turns that one process runs. The database coordinates them with the turns of other processes."""
 
     def __init__(
         self,
