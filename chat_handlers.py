@@ -144,7 +144,7 @@ class ReplyStream(Response):
         try:
             await self._send_frames(send, gone)
         except asyncio.CancelledError:  # the server shuts down; a stream without [DONE] tells the client to resume
-            log.info("shutting down, cut a stream of reply %d, which its client can resume", self._reply.id)
+            log.info("shutting down, cutting a stream of reply %d; its client can resume it", self._reply.id)
         finally:
             gone.cancel()
 
@@ -252,7 +252,7 @@ async def chat_stream(
 
 async def _begin(body: ChatIn, user: sql.User, parts: Parts, key: str | None) -> LiveReply:
     text, sources = _last_message(body)
-    # Before the images are decoded, which takes much time and memory: a wrong session must not cost that.
+    # Checked before the images are decoded, so that a wrong session key does not cost the time and memory for that.
     session_id = parts.db.read(sql.check_chat_session, user.id, body.session_key)
     telemetry.note(session_id=session_id)
     images: list[image_handler.Image] = []
@@ -404,7 +404,7 @@ async def resume_stream(
 
 @router.post("/sessions/{session_id}/stop", tags=["messages"], openapi_extra=errors.raises("session_not_found"))
 async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
-    """Stops the running turn, which keeps its text so far; aborts the agent's run; drops the queued turns."""
+    """Stops the running turn, aborts the agent's run, and drops the queued turns. The reply keeps its text so far."""
     telemetry.note(session_id=session_id)
     parts.db.read(sql.select_session, user.id, session_id)
     return Stopped(stopped=await parts.turns.stop([session_id]))

@@ -102,7 +102,7 @@ class Outbox:
 
     async def _attempt(self, job: OutboxJob) -> None:
         if job.kind == "gateway_session":
-            agent_id, session_key = job.target.split(" ", 1)  # a legacy session key may contain a space
+            agent_id, session_key = job.target.split(" ", 1)  # a legacy key may contain spaces, an agent id cannot
             await self._gateway.delete_session(agent_id, session_key)
         elif job.kind == "images":
             await asyncio.to_thread(self._images.remove_session, job.target)

@@ -42,7 +42,7 @@ class LiveReply:
         self.error = row.error
         self.finish_reason = row.finish_reason  # of the model
         self.run_id: str | None = None
-        self.first_after: float | None = None  # seconds from the request to the first text, if made here
+        self.first_after: float | None = None  # seconds from the request to the first text, if this process made it
         self.length = 0
         self._parts: list[str] = []
         self._ends: list[int] = []

@@ -3,7 +3,7 @@
 A turn is a task of the process, not of a request, so it continues when its client disconnects. It reads the gateway's
 stream into a `LiveReply`, for the readers in this process, and stores the text in the reply's row, which is the source
 of truth: other processes follow the row. `Turns` also recovers the turns of dead workers and runs outbox jobs. A worker
-is dead if nothing holds the lock of its lease.
+is dead if no process holds the lock of its lease.
 """
 
 import asyncio
@@ -81,7 +81,7 @@ class _RemovedError(Exception):
 
 
 class Turns:
-    """The turns of one process. Its database coordinates them with those of other processes."""
+    """The turns that one process runs. The database coordinates them with the turns of other processes."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class Turns:
         if reply.status == "streaming" and not begun.existing:
             self._start(reply, self._runs.ask, asked_here=True)
         elif self.draining:
-            # This worker claims nothing any more: without the release, the turn would be queued until it ends.
+            # This worker claims no more turns: without the release, the turn would stay queued until the process ends.
             await self._db.write(sql.release_waiting, self.owner)
         return reply, begun.existing
 

@@ -13,7 +13,7 @@ log = logging.getLogger("clawd.gateway")
 
 
 NO_REPLY = "No response from OpenClaw."  # the gateway sends this text if the agent produced none
-MAX_FRAME = 32 * 1024 * 1024  # bytes of one event; more is an error, because it would fill the memory
+MAX_FRAME = 32 * 1024 * 1024  # bytes of one event; a larger one is an error, so that it cannot fill the memory
 
 
 class Chunk(NamedTuple):

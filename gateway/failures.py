@@ -55,8 +55,8 @@ def refused(status: int, retry_after: str | None) -> errors.GatewayError:
         )
     if status >= 500:
         return errors.GatewayError(
-            f"OpenClaw had an internal error (status {status}). Try again. If the error persists, the operator "
-            "should look at the gateway's log.",
+            f"OpenClaw failed (status {status}). Try again. If the error persists, the operator should look at the "
+            "gateway's log.",
             retryable=True,
         )
     return errors.GatewayError(
