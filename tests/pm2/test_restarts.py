@@ -111,7 +111,7 @@ def test_a_queued_message_is_answered_by_the_new_worker(
 TOP = "import asyncio\n"
 LIFESPAN = "        async with AsyncExitStack"
 BREAK = {
-    "a syntax error": ("app.py", TOP, f"{TOP}this is not Python\n", "SyntaxError"),
+    "a syntax error": ("app.py", TOP, f"{TOP}def broken(:\n", "SyntaxError"),
     "a missing import": ("app.py", TOP, f"{TOP}import nowhere_to_be_found\n", "nowhere_to_be_found"),
     "a failing lifespan": ("app.py", LIFESPAN, f'        raise OSError("on purpose")\n{LIFESPAN}', "on purpose"),
     "a hang": ("app.py", TOP, f"{TOP}import time\ntime.sleep(3600)\n", "not ready after 4 s"),
