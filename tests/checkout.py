@@ -83,7 +83,7 @@ class Checkout:
         return answer
 
     def front(self) -> int:
-        """Returns the process id of the front of the production port; 0 before it holds the lock."""
+        """Returns the process id of the front of the production port; 0 while its lock file is empty."""
         return int((self.path / f"run/{self.port}/front.lock").read_text() or 0)
 
     def workers(self) -> list[int]:
