@@ -49,15 +49,17 @@ async def completed(work: Coroutine[Any, Any, T]) -> T:
     return await asyncio.shield(_completing.spawn(work))
 
 
-async def repeat(seconds: float, work: Callable[[], Awaitable[None]], log: logging.Logger) -> None:
-    """Calls `work` forever, `seconds` after it has returned. Logs a failure and tries again, with pauses that double up
-    to LONGEST_PAUSE."""
-    failed = 0
+async def repeat(seconds: float, work: Callable[[], Awaitable[None]], log: logging.Logger, what: str) -> None:
+    """Calls `work` forever, `seconds` after it has returned. `what` names it in the log line of a failure.
+
+    After a failure it tries again, with pauses that double up to LONGEST_PAUSE.
+    """
+    pause = seconds
     while True:
         try:
             await work()
-            failed = 0
+            pause = seconds
         except Exception:
-            failed += 1
-            log.exception("%s failed, retrying", getattr(work, "__name__", "periodic work"))
-        await asyncio.sleep(min(seconds * 2**failed, max(seconds, LONGEST_PAUSE)))
+            pause = min(2 * pause, max(seconds, LONGEST_PAUSE))
+            log.exception("could not %s, retrying in %g s", what, pause)
+        await asyncio.sleep(pause)

@@ -114,9 +114,9 @@ class Turns:
     def open(self) -> None:
         """Starts the periodic tasks: store texts, watch other processes, reap dead workers."""
         self._periodic = [
-            asyncio.create_task(repeat(STORE_EVERY, self._store_texts, log)),
-            asyncio.create_task(repeat(WATCH_EVERY, self._watch, log)),
-            asyncio.create_task(repeat(REAP_EVERY, self._reap, log)),
+            asyncio.create_task(repeat(STORE_EVERY, self._store_texts, log, "store the texts of running replies")),
+            asyncio.create_task(repeat(WATCH_EVERY, self._watch, log, "follow the commits of other processes")),
+            asyncio.create_task(repeat(REAP_EVERY, self._reap, log, "look for work of dead workers")),
         ]
 
     @property
