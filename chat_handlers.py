@@ -25,7 +25,8 @@ from web import Body, Id, OpenParts, Parts
 log = logging.getLogger("clawd.chat")
 
 FIRST_BYTE = 0.5  # seconds that a stream waits for text before it begins; docs/api.md promises at most 1
-FRAME = 64 * 1024  # maximum characters of a frame, so that a slow reader receives small pieces
+FRAME = 4096  # maximum characters of a frame, as the contract has it
+FRAMES_AT_ONCE = 4  # frames of one write; more would keep the event loop from others for long
 SMALL_PAGE = 100  # messages; a larger page is read and rendered on a thread, so as not to block the event loop
 
 FINISH_REASON = (
@@ -150,7 +151,7 @@ class ReplyStream(Response):
 
     async def _send_frames(self, send: Send, gone: "asyncio.Future[None]") -> None:
         while not gone.done():
-            frames = self._next_frames()
+            frames = self.next_frames()
             done = self._reply.is_final and self._after >= self._reply.length
             if done:
                 frames += last_frames(self._reply)
@@ -159,11 +160,16 @@ class ReplyStream(Response):
                 return
             if self._after >= self._reply.length:
                 await self._wait(gone)
+            else:
+                await asyncio.sleep(0)  # while the client reads fast, `send` does not give way to others
 
-    def _next_frames(self) -> bytes:
-        text = self._reply.text(self._after, FRAME)
-        self._after += len(text)
-        return text_frame(self._reply.id, text, self._after) if text else b""
+    def next_frames(self) -> bytes:
+        """Returns the next frames, FRAMES_AT_ONCE at most; nothing if the client has all of the text so far."""
+        frames: list[bytes] = []
+        while len(frames) < FRAMES_AT_ONCE and (text := self._reply.text(self._after, FRAME)):
+            self._after += len(text)
+            frames.append(text_frame(self._reply.id, text, self._after))
+        return b"".join(frames)
 
     async def _wait(self, gone: "asyncio.Future[None]") -> None:
         """Waits until there is a frame to send, the client has disconnected, or a comment is due."""

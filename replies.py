@@ -127,6 +127,7 @@ class Replies:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._loaded: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
+        self._loading: dict[int, asyncio.Future[LiveReply | None]] = {}  # so that many readers load a reply once
 
     def add(self, reply: LiveReply) -> LiveReply:
         """Makes a reply known to its readers. Returns the one that is known already, if there is one."""
@@ -135,13 +136,21 @@ class Replies:
     async def get(self, reply_id: int) -> LiveReply | None:
         """Returns a reply, live while it runs in this process or another one; None if it does not exist."""
         reply = self._loaded.get(reply_id)
-        if reply is None:
-            row = self._db.read(sql.select_reply, reply_id)
-            if row is None:
-                return None
-            reply = LiveReply(row)
-            for piece in await self._load(row):
-                reply.append(piece)
+        if reply is not None:
+            return reply
+        loading = self._loading.get(reply_id)
+        if loading is None:
+            loading = self._loading[reply_id] = asyncio.ensure_future(self._load_reply(reply_id))
+            loading.add_done_callback(lambda _: self._loading.pop(reply_id))
+        return await asyncio.shield(loading)
+
+    async def _load_reply(self, reply_id: int) -> LiveReply | None:
+        row = self._db.read(sql.select_reply, reply_id)
+        if row is None:
+            return None
+        reply = LiveReply(row)
+        for piece in await self._load_text(row):
+            reply.append(piece)
         return self.add(reply)
 
     async def follow(self, reply: LiveReply) -> None:
@@ -156,7 +165,7 @@ class Replies:
             await asyncio.sleep(0)  # a long text must not hold the event loop
         if row.status in FINAL:
             position = 0
-            for piece in await self._load(row):
+            for piece in await self._load_text(row):
                 reply.append(piece[max(reply.length - position, 0) :])
                 position += len(piece)
             reply.end(row)
@@ -169,7 +178,7 @@ class Replies:
             if not reply.is_final and reply.id not in but:
                 await self.follow(reply)
 
-    async def _load(self, row: Reply) -> list[str]:
+    async def _load_text(self, row: Reply) -> list[str]:
         """The whole stored text. A short one is read at once, a long one on a thread."""
         if row.status in FINAL and self._db.read(sql.text_size, row.id) <= LARGE:
             return self._db.read(sql.read_text, row.id)

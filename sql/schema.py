@@ -157,7 +157,7 @@ def examine(conn: Connection) -> Findings:
     faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
     version = schema_version(conn)
     names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    if missing := sorted(LEGACY.keys() - set(names)):
+    if missing := sorted(LEGACY.keys() - {name.lower() for name in names}):
         faults.append(f"this is not a database of this service: it lacks the tables {', '.join(missing)}")
         return Findings(version, {}, faults)
     if version:  # a legacy database may have such rows; its migration moves them to orphaned_…

@@ -201,6 +201,8 @@ def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> 
     ):
         return False
     stored = stored_text(conn, reply_id)
+    # First, so that the UPDATE uses the pages that this frees: SQLite then writes each of them once.
+    conn.execute("DELETE FROM reply_pieces WHERE reply_id = ?", (reply_id,))
     conn.execute(
         "UPDATE messages SET status = ?, content = ?, usage = ?, error = ?, finish_reason = ? WHERE id = ?",
         (
@@ -212,7 +214,6 @@ def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> 
             reply_id,
         ),
     )
-    conn.execute("DELETE FROM reply_pieces WHERE reply_id = ?", (reply_id,))
     conn.execute("UPDATE turns SET run_id = coalesce(?, run_id) WHERE reply_id = ?", (ending.run_id, reply_id))
     return True
 
