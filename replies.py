@@ -14,6 +14,9 @@ SMALL = 512  # characters; shorter pieces are joined, so that a reply of many wo
 LARGE = 65_536  # characters; longer pieces are split, so that no step of a reader costs more than what it sends
 
 
+DELETED = sql.Ending("stopped", "", None, None, None, None)  # of a reply whose session was deleted
+
+
 def finish_reason(status: Status, stored: str | None) -> str | None:
     """Returns the `finish_reason` of the API for a reply; None while it is not final.
 
@@ -81,16 +84,9 @@ class LiveReply:
             at += 1
         return "".join(found)
 
-    def end(self, row: Reply | None) -> None:
-        """Takes over how the reply ended, and wakes the readers.
-
-        None stands for a row that was deleted: the reply ends as `stopped`.
-        """
-        if row is None:
-            self.status = "stopped"
-        else:
-            self.status, self.usage, self.error = row.status, row.usage, row.error
-            self.finish_reason = row.finish_reason
+    def end(self, how: sql.Ending | Reply) -> None:
+        """Sets how the reply ended, and wakes the readers. Its text must be complete."""
+        self.status, self.usage, self.error, self.finish_reason = how.status, how.usage, how.error, how.finish_reason
         self.wake()
 
     def wake(self) -> None:
@@ -157,7 +153,7 @@ class Replies:
         """Reads what another process has stored of a reply since the last call."""
         row = self._db.read(sql.select_reply, reply.id)
         if row is None:
-            reply.end(None)
+            reply.end(DELETED)
             return
         while pieces := self._db.read(sql.select_pieces, reply.id, reply.length):
             for piece in pieces:

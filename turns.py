@@ -265,7 +265,7 @@ class Turns:
         ending = sql.Ending(status, reply.text(), reply.run_id, usage, error, reason)
         while True:
             try:
-                await self._db.write(sql.finish_turn, reply.id, self.owner, ending)
+                ours = await self._db.write(sql.finish_turn, reply.id, self.owner, ending)
                 break
             except errors.Unavailable:
                 if self.draining:
@@ -279,7 +279,10 @@ class Turns:
                 # One value that cannot be stored must not leave the row `streaming` for ever.
                 log.exception("cannot store the end of reply %d as it is, ending it as failed", reply.id)
                 ending = LAST_RESORT
-        await self.replies.follow(reply)
+        if ours:
+            reply.end(ending)
+        else:  # it was deleted, or another worker has ended it
+            await self.replies.follow(reply)
 
     # --- periodic work ---
 
