@@ -228,7 +228,7 @@ def test_a_retired_worker_ends_its_connections(front: Start, checkout: Checkout)
         serves(checkout, other_than=old)
         answer = kept.get("/health/ready")
         assert (answer.status_code, answer.headers["connection"]) == (503, "close")
-        assert "another one takes over" in answer.json()["detail"]
+        assert "the new process answers" in answer.json()["detail"]
         assert is_alive(old)
         stream.read(one_frame=True)
     assert httpx.get(f"{checkout.url}/health/ready", trust_env=False).status_code == 200
