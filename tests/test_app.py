@@ -243,7 +243,7 @@ def pieces() -> Iterator[bytes]:
 ERRORS: dict[str, tuple[JSON, int, str]] = {
     "no route": ({"method": "GET", "url": "/nowhere"}, 404, "not_found"),
     "no route, odd path": ({"method": "GET", "url": "/%ff/../\N{GRINNING FACE}"}, 404, "not_found"),
-    "a control character": ({"method": "GET", "url": "/%ff%00%0a/../\N{GRINNING FACE}"}, 400, "invalid_path"),
+    "a control character": ({"method": "GET", "url": "/%ff%00%0a/x"}, 400, "invalid_path"),
     "no such method": ({"method": "PATCH", "url": "/projects"}, 405, "method_not_allowed"),
     "anonymous": ({"method": "GET", "url": "/projects"}, 401, "unauthorized"),
     "no JSON": ({"method": "POST", "url": "/auth/login", "content": b"{"}, 422, "invalid_request"),
