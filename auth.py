@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import re
 import secrets
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -230,6 +231,14 @@ def load_secret(settings: Settings) -> bytes:
         return settings.jwt_secret.get_secret_value().encode()
     path = settings.data / "secret.key"
     secret = file_utils.create_once(path, secrets.token_hex(32).encode(), 0o600)
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
+        message = (
+            f"{path} must be a file that only its owner can read, because whoever has it can log in as anybody. "
+            "Delete it if others may have read it: the next start generates a new one, and all users must log in "
+            f"again. Otherwise: chmod 600 {path}"
+        )
+        raise errors.Unavailable(message, code="disk_unavailable")
     if len(secret.strip()) < 32:
         message = (
             f"{path} has fewer than 32 characters, which is not a safe secret. Set JWT_SECRET, or delete the file: "
