@@ -136,9 +136,9 @@ async def _watch_gateway(openclaw: gateway.Gateway) -> None:
     said = ""
     while True:
         state = await openclaw.check(max_age=0)
-        if state.detail != said:
-            said = state.detail
-            log.log(logging.INFO if state.ok else logging.WARNING, "gateway: %s", said)
+        if state.summary != said:
+            said = state.summary
+            log.log(logging.INFO if state.ok and state.websocket.ok else logging.WARNING, "gateway: %s", said)
         await asyncio.sleep(CHECK_GATEWAY_EVERY)
 
 

@@ -306,7 +306,7 @@ class Turns:
     async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
         usage, asked = None, time.monotonic()
         async with aclosing(self._gateway.stream(request)) as chunks:
-            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage is read below
+            async for text, run_id, usage, _ in chunks:  # noqa: B007 - the last usage is read below
                 reply.run_id = run_id
                 if text and not reply.length:
                     reply.first_after = time.monotonic() - asked
@@ -323,7 +323,13 @@ class Turns:
         known = self._db.read(sql.select_known_runs, turn.session_id)
         try:
             found = await self._gateway.finished_reply(
-                turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
+                turn.agent_id,
+                turn.session_key,
+                asked=turn.text,
+                run_id=turn.run_id,
+                known=known,
+                got=reply.text(),
+                since=reply.created_at,
             )
         except errors.GatewayError as error:
             log.warning("could not recover reply %d, ending it as interrupted: %s", reply.id, error.message)
@@ -332,7 +338,7 @@ class Turns:
             return _interrupted()
         reply.run_id = found.run_id
         reply.append(found.text[reply.length :])
-        return Outcome("complete", found.usage)
+        return Outcome("complete", found.usage) if found.complete else _interrupted()
 
     # --- periodic work ---
 
