@@ -34,7 +34,7 @@ log = logging.getLogger("clawd.database")
 
 
 def connect(path: Path, *, read_only: bool) -> Connection:
-    """Opens a connection and sets the pragmas that the service relies on, in the order in which they take effect.
+    """Opens a connection and sets the pragmas that the service relies on, in an order in which each takes effect.
 
     A `read_only` connection refuses to write. All writes of a process go through one connection, because two
     connections that write and checkpoint at the same moment can lose a commit (the "WAL reset bug" of SQLite before
@@ -95,7 +95,8 @@ class Lease:
             path = self._folder / name
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            if path.exists():  # otherwise another process removed the file, still unlocked, as that of a dead process
+            # Before the file was locked, another process may have removed it, as that of a dead process.
+            if path.exists():
                 os.write(self._file, b"%d" % os.getpid())  # `restore` names this process in its error
                 self.name = name
             else:
@@ -219,12 +220,12 @@ class _Writer(threading.Thread):
             job.result = job.context.run(job.run, self._conn)
         except Exception as error:  # noqa: BLE001 - every error is passed on to the caller that awaits the job
             self._conn.execute("ROLLBACK TO job")
-            job.error = job.context.run(_unavailable, error) if _is_unusable(error) else error
+            job.error = job.context.run(_unavailable, error) if _is_sqlite_failure(error) else error
         self._conn.execute("RELEASE job")
 
 
-def _is_unusable(error: Exception) -> bool:
-    """Returns True if SQLite failed, False if it refused a change that violates the schema."""
+def _is_sqlite_failure(error: Exception) -> bool:
+    """Returns True for a failure of SQLite, False for a violated constraint of the schema and for other errors."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -248,7 +249,7 @@ class Database:
     """
 
     def __init__(self, path: Path, adoption: "sql.AdoptionContext | None" = None) -> None:
-        """`adoption` is what the migration of a legacy database needs from the rest of the service."""
+        """`adoption` is passed to the migration of a legacy database."""
         self.path = path
         self._adoption = adoption
         self.lease = Lease(path.with_name(path.name + ".workers"))
@@ -288,7 +289,7 @@ class Database:
         """Ends the threads once they have run every submitted job, closes the connections, and releases the lease."""
         self._writer.stop()
         self._threads.shutdown()
-        with self._lock:  # closing makes a checkpoint, which next to a commit could trigger the bug named in `connect`
+        with self._lock:  # closing makes a checkpoint, and one during a commit can lose it: see `connect`
             for conn in self._opened:
                 conn.close()
         self._lock.close()

@@ -66,8 +66,8 @@ def refused(status: int, retry_after: str | None, body: str = "") -> errors.Gate
         )
     if status >= 500:
         failed = errors.GatewayError(
-            f"OpenClaw had an internal error (status {status}). Try again. If the error persists, the operator "
-            "should look at the gateway's log.",
+            f"OpenClaw failed (status {status}). Try again. If the error persists, the operator should look at the "
+            "gateway's log.",
             retryable=True,
         )
         return unavailable() if _code_of(body) == "gateway_unavailable" else failed

@@ -262,9 +262,9 @@ class StandIn(DemoGateway):
     """The gateway, in a thread of its own: `with StandIn() as gateway: ... gateway.url ...`.
 
     It may be stopped and started again on its port; its sessions outlive that, as OpenClaw's do.
-    `requests`, `runs` and `deleted` grow in the order of what happens; `sessions` holds the transcripts, `archived`
-    the keys of those that were archived. Its clock is `clock_ahead` seconds ahead. While it is `draining` it refuses all new work. `websocket_status` is the
-    HTTP status with which it refuses a WebSocket, or 0 to never answer one.
+    `requests`, `runs` and `deleted` grow in the order of events; `sessions` holds the transcripts, `archived` the keys
+    of archived conversations. Its clock is `clock_ahead` seconds ahead. While it is `draining`, it refuses new work.
+    `websocket_status` is the HTTP status with which it refuses a WebSocket, or 0 to leave it without an answer.
     """
 
     def __init__(self, port: int = 0, token: str = "stand-in-token") -> None:  # noqa: S107 - of tests
