@@ -146,9 +146,9 @@ async def _watch_gateway(openclaw: gateway.Gateway) -> None:
     logged = ""
     while True:
         state = await openclaw.check(max_age=0)
-        if state.detail != logged:
-            logged = state.detail
-            log.log(logging.INFO if state.ok else logging.WARNING, "gateway: %s", logged)
+        if state.summary != logged:
+            logged = state.summary
+            log.log(logging.INFO if state.ok and state.websocket.ok else logging.WARNING, "gateway: %s", logged)
         await asyncio.sleep(CHECK_GATEWAY_EVERY)
 
 

@@ -90,7 +90,7 @@ class Runs:
     async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
         usage, asked = None, time.monotonic()
         async with aclosing(self._gateway.stream(request)) as chunks:
-            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage is read below
+            async for text, run_id, usage, _ in chunks:  # noqa: B007 - the last usage is read below
                 reply.run_id = run_id
                 if text and not reply.length:
                     reply.first_after = time.monotonic() - asked
@@ -107,7 +107,13 @@ class Runs:
         known = self._db.read(sql.select_known_runs, turn.session_id)
         try:
             found = await self._gateway.finished_reply(
-                turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
+                turn.agent_id,
+                turn.session_key,
+                asked=turn.text,
+                run_id=turn.run_id,
+                known=known,
+                got=reply.text(),
+                since=reply.created_at,
             )
         except errors.GatewayError as error:
             log.warning("could not recover reply %d, ending it as interrupted: %s", reply.id, error.message)
@@ -116,4 +122,4 @@ class Runs:
             return interrupted()
         reply.run_id = found.run_id
         reply.append(found.text[reply.length :])
-        return Outcome("complete", found.usage)
+        return Outcome("complete", found.usage) if found.complete else interrupted()

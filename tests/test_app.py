@@ -156,7 +156,12 @@ def test_ready_follows_the_gateway(serve: Serve, openclaw: StandIn) -> None:
         body: JSON = answer.json()
         return body
 
-    assert ready(200) == {"status": "ready", "detail": ready(200)["detail"], "gateway_version": "stand-in"}
+    assert {**ready(200), "detail": ""} == {
+        "status": "ready",
+        "detail": "",
+        "gateway_version": "stand-in",
+        "websocket": {"ok": True, "detail": "OpenClaw's WebSocket answers."},
+    }
     openclaw.stop()
     stopped = ready(503)
     assert set(stopped) == {"detail", "code"}

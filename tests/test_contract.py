@@ -108,7 +108,12 @@ HEALTH = {
     "database": {"ok": True, "sqlite": str},
     "gateway": {"url": str, "ok": bool, "checked_at": (TIME, None), "detail": str},
 }
-READY = {"status": "ready", "detail": str, "gateway_version": (str, None)}
+READY = {
+    "status": "ready",
+    "detail": str,
+    "gateway_version": (str, None),
+    "websocket": {"ok": bool, "detail": str},
+}
 
 
 def differences(value: object, shape: Shape, at: str = "$") -> list[str]:
