@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     add("backup", backup, "Copies the database to FILE. The service may be running.")("file", metavar="FILE", type=Path)
-    add("restore", restore, "Replaces the database by the backup FILE. Stop the service first.")(
+    add("restore", restore, "Replaces the database with the backup FILE. Stop the service first.")(
         "file", metavar="FILE", type=Path
     )
     add("check", check, "Checks the database, and that every image exists. The service may be running.")

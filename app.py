@@ -1,4 +1,4 @@
-"""How the rooms meet: `create_app`, and what is opened and closed with it."""
+"""Composition: `create_app` builds the FastAPI app, and its lifespan opens and closes everything that it uses."""
 
 import asyncio
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 import auth
 import chat_handlers
@@ -24,20 +25,24 @@ import project_manager
 import sql
 import telemetry
 import web
+from guard import Guard
 from outbox import Outbox
 from replies import FINAL
+from runs import Runs
 from settings import CHECKOUT, Settings, load_settings
 from turns import Turns
 from web import Parts
 
-CHECK_GATEWAY_EVERY = 15  # seconds
-DECODING = 2  # messages whose pictures are decoded at once
+CHECK_GATEWAY_EVERY = 15  # seconds between two checks of the gateway
+DECODING = 2  # messages whose images are decoded at the same time
+
+ROUTERS = (auth.router, project_manager.router, chat_handlers.router, health.router)
 
 log = logging.getLogger("clawd.app")
 
 
 class State(TypedDict):
-    """What a running app holds open, in `request.state`."""
+    """The objects that the lifespan opened; routes read them from `request.state`."""
 
     parts: Parts
     identity: auth.Identity
@@ -49,23 +54,23 @@ class State(TypedDict):
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """An app on these settings. Nothing is opened before its lifespan starts."""
+    """Returns an app that uses these settings. It opens no file, socket or thread before its lifespan starts."""
     metrics = telemetry.Metrics(sorted(FINAL))
     app = FastAPI(
         title="clawd-backend",
         version=health.VERSION,
-        description="Many people, each in conversations of their own, with an OpenClaw agent.",
+        description="Private conversations of many users with an OpenClaw agent.",
         lifespan=_lifespan(settings, metrics),
-        middleware=web.middleware(settings.cors_origins, metrics),
+        middleware=[*web.middleware(settings.cors_origins, metrics), Middleware(Guard, ROUTERS)],
+        redirect_slashes=False,
         exception_handlers=web.EXCEPTION_HANDLERS,
     )
-    app.state.turns = None  # while they are open: `serve.py` asks for them by this name
-    app.state.failed_start = None  # `serve.py` says here why newer code did not start
-    app.include_router(auth.router)
-    app.include_router(project_manager.router)
-    app.include_router(chat_handlers.router)
-    app.include_router(health.router)
-    app.openapi = lambda: web.describe(app)  # type: ignore[method-assign]  # the way FastAPI documents
+    app.state.turns = None  # set by the lifespan; `handover` lets these turns finish before its process exits
+    app.state.failed_start = None  # `handover` stores here why newer code did not start
+    for router in ROUTERS:
+        app.include_router(router)
+    # type: FastAPI documents replacing this method as the way to extend the OpenAPI document.
+    app.openapi = lambda: web.describe(app)  # type: ignore[method-assign]
     return app
 
 
@@ -94,7 +99,8 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
             identity.open(secret)
             stack.callback(identity.close)
             outbox = Outbox(db, openclaw, images, settings.projects)
-            turns = Turns(db, openclaw, images, settings, outbox, metrics)
+            runs = Runs(db, openclaw, images, metrics)
+            turns = Turns(db, runs, images, outbox, metrics, settings.drain_seconds)
             turns.open()
             stack.push_async_callback(turns.close)
             app.state.turns = turns
@@ -102,14 +108,17 @@ def _lifespan(settings: Settings, metrics: telemetry.Metrics) -> Callable[[FastA
             origin = health.Origin(code, code, time.monotonic())
             for watching in (_watch_gateway(openclaw), health.watch_checkout(origin)):
                 stack.callback(asyncio.create_task(watching).cancel)
-            log.info("clawd-backend %s of %s (%.7s) serves %s", health.VERSION, code.branch, code.commit, db.path)
+            log.info(
+                "clawd-backend %s started: branch %s, commit %.7s, database %s",
+                *(health.VERSION, code.branch, code.commit, db.path),
+            )
             yield State(
                 parts=Parts(settings, db, openclaw, images, asyncio.Semaphore(DECODING), turns, outbox),
                 identity=identity,
                 origin=origin,
                 metrics=metrics,
             )
-            log.info("stopping")
+            log.info("stopping clawd-backend")
 
     return lifespan
 
@@ -124,7 +133,7 @@ def _adoption_context(images: image_handler.ImageStore) -> sql.AdoptionContext:
 
 @contextmanager
 def _needs(variable: str, path: Path) -> Iterator[None]:
-    """Says which setting is to blame where something cannot be opened."""
+    """Turns an error raised inside the block into a StartFailedError that names the setting to correct."""
     try:
         yield
     except (errors.AppError, OSError, ValueError, sqlite3.Error) as error:
@@ -132,13 +141,14 @@ def _needs(variable: str, path: Path) -> Iterator[None]:
 
 
 async def _watch_gateway(openclaw: gateway.Gateway) -> None:
-    """Keeps what health says of the gateway fresh, and logs when it changes."""
-    said = ""
+    """Checks the gateway every CHECK_GATEWAY_EVERY seconds and logs its state whenever that changes. `/health` shows
+    the result of the last check."""
+    logged = ""
     while True:
         state = await openclaw.check(max_age=0)
-        if state.detail != said:
-            said = state.detail
-            log.log(logging.INFO if state.ok else logging.WARNING, "gateway: %s", said)
+        if state.summary != logged:
+            logged = state.summary
+            log.log(logging.INFO if state.ok and state.websocket.ok else logging.WARNING, "gateway: %s", logged)
         await asyncio.sleep(CHECK_GATEWAY_EVERY)
 
 

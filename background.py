@@ -1,4 +1,4 @@
-"""Work of the process that outlives the caller who asked for it."""
+"""Background tasks: work that continues after its caller was cancelled, and periodic work."""
 
 import asyncio
 import logging
@@ -8,49 +8,58 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LONGEST_PAUSE = 5  # seconds between two tries of periodic work that fails
+LONGEST_PAUSE = 5  # seconds between two attempts of periodic work that fails, unless its own interval is longer
 
 
 class Tasks:
-    """Tasks that run to their end. The event loop keeps weak references only; these are kept here."""
+    """A set of running tasks. It holds references to them, because the event loop holds only weak ones and Python could
+    otherwise collect a task before it has ended."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __bool__(self) -> bool:
-        """Whether any task still runs."""
+        """Returns whether any task is still running."""
         return bool(self._tasks)
 
     def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> "asyncio.Task[T]":
-        """Starts work in the background, in that context if one is given."""
+        """Starts a task, in `context` if given, otherwise in a copy of the caller's context."""
         task = asyncio.create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def wait(self, seconds: float | None = None) -> None:
-        """Waits until the tasks that run now have ended, or for so many seconds."""
+        """Waits until the tasks that are running now have ended, at most `seconds` if given. Cancels none of them."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
+
+    async def cancel(self) -> None:
+        """Cancels the tasks that still run, and waits until they have ended."""
+        for task in self._tasks:
+            task.cancel()
+        await self.wait()
 
 
 _completing = Tasks()
 
 
 async def completed(work: Coroutine[Any, Any, T]) -> T:
-    """Runs work to its end, even where the caller that waits for its result is cancelled."""
+    """Runs `work` and returns its result. If the caller is cancelled while it waits, `work` continues to its end."""
     return await asyncio.shield(_completing.spawn(work))
 
 
-async def repeat(seconds: float, work: Callable[[], Awaitable[None]], log: logging.Logger) -> None:
-    """Runs work again and again, with a pause of so many seconds. A failure is logged and work is tried again, with
-    pauses that double up to LONGEST_PAUSE."""
-    failed = 0
+async def repeat(seconds: float, work: Callable[[], Awaitable[None]], log: logging.Logger, what: str) -> None:
+    """Calls `work` forever, `seconds` after it has returned. `what` names it in the log line of a failure.
+
+    After a failure it tries again, with pauses that double up to LONGEST_PAUSE.
+    """
+    pause = seconds
     while True:
         try:
             await work()
-            failed = 0
+            pause = seconds
         except Exception:
-            failed += 1
-            log.exception("%s failed, retrying", getattr(work, "__name__", "periodic work"))
-        await asyncio.sleep(min(seconds * 2**failed, max(seconds, LONGEST_PAUSE)))
+            pause = min(2 * pause, max(seconds, LONGEST_PAUSE))
+            log.exception("could not %s, retrying in %g s", what, pause)
+        await asyncio.sleep(pause)

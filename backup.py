@@ -237,7 +237,7 @@ def _folder_on_disk(path: str) -> dict[str, Any]:
 
 
 def restore(settings: Settings, given: argparse.Namespace) -> None:
-    """Replaces the database by a checked copy of a backup. Raises CommandError.
+    """Replaces the database with a checked copy of a backup. Raises CommandError.
 
     If the process is killed, either the old or the new database is in place, complete.
     """
@@ -366,7 +366,7 @@ def _differences(
 
 
 def _copy_owner_and_mode(path: Path, new: Path) -> None:
-    """Gives the new file the owner and mode of the file that it replaces, in case root restores for another user."""
+    """Gives the new file the owner and mode of the file that it replaces, also when root runs the restore."""
     if path.exists():
         old, own = path.stat(), new.stat()
         if (old.st_uid, old.st_gid) != (own.st_uid, own.st_gid):

@@ -10,7 +10,7 @@ from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.types import Receive, Scope, Send
 
 import errors
@@ -18,16 +18,21 @@ import image_handler
 import sql
 import telemetry
 from auth import CurrentUser
-from replies import LiveReply
+from replies import LiveReply, finish_reason
 from turns import Said
 from web import Body, Id, OpenParts, Parts
 
 log = logging.getLogger("clawd.chat")
 
 FIRST_BYTE = 0.5  # seconds that a stream waits for text before it begins; docs/api.md promises at most 1
-FRAME = 64 * 1024  # maximum characters of a frame, so that a slow reader receives small pieces
+FRAME = 4096  # maximum characters of a frame, as the contract has it
+FRAMES_AT_ONCE = 4  # frames of one write; more would keep the event loop from others for long
 SMALL_PAGE = 100  # messages; a larger page is read and rendered on a thread, so as not to block the event loop
-FINISH_REASONS = {"complete": "stop", "empty": "stop", "failed": "error"}
+
+FINISH_REASON = (
+    "Why a reply ended: `stop`; `length` or `content_filter` if the model's own limit or filter ended it; `stopped`, "
+    "`interrupted` or `error`. Null while it is not final, and for a user's message."
+)
 
 router = APIRouter()
 
@@ -39,9 +44,17 @@ class ChatMessage(BaseModel):
     )
 
 
+def _only_the_last(messages: object) -> object:
+    """Leaves out what is not used, so that it is neither validated nor stored: a client may send megabytes of it."""
+    if not isinstance(messages, list):
+        return messages
+    users = (item for item in reversed(messages) if isinstance(item, dict) and item.get("role") == "user")
+    return [item for item in (next(users, None),) if item is not None]
+
+
 class ChatIn(Body):
     session_key: str = Field(max_length=200)
-    messages: list[ChatMessage] = Field(
+    messages: Annotated[list[ChatMessage], BeforeValidator(_only_the_last)] = Field(
         description="May contain the whole conversation. Only the last message with the role `user` is used."
     )
     stream: bool = False
@@ -67,6 +80,7 @@ class ChatOut(BaseModel):
     role: Literal["assistant"]
     content: str
     status: sql.Status
+    finish_reason: str | None = Field(description=FINISH_REASON)
     usage: Usage | None
     created_at: str
 
@@ -80,6 +94,7 @@ class MessageOut(BaseModel):
     )
     images: list[str] = Field(description="Signed URLs of all images of the message. The first one equals `image`.")
     status: sql.Status
+    finish_reason: str | None = Field(description=FINISH_REASON)
     error: Failure | None
     usage: Usage | None
     created_at: str
@@ -108,7 +123,7 @@ def last_frames(reply: LiveReply) -> bytes:
     frame: dict[str, object] = {"id": str(reply.id), "object": "chat.completion.chunk"}
     if reply.error is not None:
         frame["error"] = reply.error
-    reason = FINISH_REASONS.get(reply.status, reply.status)
+    reason = finish_reason(reply.status, reply.finish_reason)
     frame["choices"] = [{"index": 0, "delta": {"content": ""}, "finish_reason": reason}]
     frame["usage"] = reply.usage
     return f"id: {reply.length}\ndata: {json.dumps(frame)}\n\ndata: [DONE]\n\n".encode()
@@ -138,13 +153,13 @@ class ReplyStream(Response):
         try:
             await self._send_frames(send, gone)
         except asyncio.CancelledError:  # the server shuts down; a stream without [DONE] tells the client to resume
-            log.info("shutting down, cut a stream of reply %d, which its client can resume", self._reply.id)
+            log.info("shutting down, cutting a stream of reply %d; its client can resume it", self._reply.id)
         finally:
             gone.cancel()
 
     async def _send_frames(self, send: Send, gone: "asyncio.Future[None]") -> None:
         while not gone.done():
-            frames = self._next_frames()
+            frames = self.next_frames()
             done = self._reply.is_final and self._after >= self._reply.length
             if done:
                 frames += last_frames(self._reply)
@@ -153,11 +168,16 @@ class ReplyStream(Response):
                 return
             if self._after >= self._reply.length:
                 await self._wait(gone)
+            else:
+                await asyncio.sleep(0)  # while the client reads fast, `send` does not give way to others
 
-    def _next_frames(self) -> bytes:
-        text = self._reply.text(self._after, FRAME)
-        self._after += len(text)
-        return text_frame(self._reply.id, text, self._after) if text else b""
+    def next_frames(self) -> bytes:
+        """Returns the next frames, FRAMES_AT_ONCE at most; nothing if the client has all of the text so far."""
+        frames: list[bytes] = []
+        while len(frames) < FRAMES_AT_ONCE and (text := self._reply.text(self._after, FRAME)):
+            self._after += len(text)
+            frames.append(text_frame(self._reply.id, text, self._after))
+        return b"".join(frames)
 
     async def _wait(self, gone: "asyncio.Future[None]") -> None:
         """Waits until there is a frame to send, the client has disconnected, or a comment is due."""
@@ -230,6 +250,7 @@ async def chat(
         role="assistant",
         content=reply.text(),
         status=reply.status,
+        finish_reason=finish_reason(reply.status, reply.finish_reason),
         usage=Usage.model_validate(reply.usage) if reply.usage else None,
         created_at=reply.created_at,
     )
@@ -245,7 +266,7 @@ async def chat_stream(
 
 async def _begin(body: ChatIn, user: sql.User, parts: Parts, key: str | None) -> LiveReply:
     text, sources = _last_message(body)
-    # Before the images are decoded, which takes much time and memory: a wrong session must not cost that.
+    # Checked before the images are decoded, so that a wrong session key does not cost the time and memory for that.
     session_id = parts.db.read(sql.check_chat_session, user.id, body.session_key)
     telemetry.note(session_id=session_id)
     images: list[image_handler.Image] = []
@@ -352,6 +373,9 @@ def _render(
         page.append(
             {
                 **message._asdict(),
+                "finish_reason": finish_reason(message.status, message.finish_reason)
+                if message.role == "assistant"
+                else None,
                 "image": urls[0] if urls else None,
                 "images": urls,
             }
@@ -386,7 +410,7 @@ async def resume_stream(
         raise errors.Invalid("Last-Event-ID must be a number: the `id` of the last frame that arrived completely.")
     after = int(last_event_id) if last_event_id is not None else start
     parts.db.read(sql.select_owned_message, user.id, session_id, message_id)
-    reply = parts.turns.reply(message_id)
+    reply = await parts.turns.replies.get(message_id)
     if reply is None:
         raise errors.NotFound("This message is not a reply. Only replies can be streamed.", code="message_not_found")
     return ReplyStream(reply, after, parts.settings.ping_seconds)
@@ -394,7 +418,7 @@ async def resume_stream(
 
 @router.post("/sessions/{session_id}/stop", tags=["messages"], openapi_extra=errors.raises("session_not_found"))
 async def stop(session_id: Id, user: CurrentUser, parts: OpenParts) -> Stopped:
-    """Stops the running turn, which keeps its text so far; aborts the agent's run; drops the queued turns."""
+    """Stops the running turn, aborts the agent's run, and drops the queued turns. The reply keeps its text so far."""
     telemetry.note(session_id=session_id)
     parts.db.read(sql.select_session, user.id, session_id)
     return Stopped(stopped=await parts.turns.stop([session_id]))

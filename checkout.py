@@ -1,4 +1,4 @@
-"""Which code a checkout holds, and which service may run from it.
+"""Reads which code is checked out, and decides which service may run from it.
 
 The start scripts run this file as a program before anything is installed, so it imports the standard library only:
 `python3 checkout.py production` exits with 0, or prints why the checkout is refused and exits with 3.
@@ -22,14 +22,14 @@ _MAINS = ("refs/heads/main", "refs/remotes/origin/main")
 
 
 class Checkout(NamedTuple):
-    """The branch and commit that are checked out, each `unknown` where git does not say."""
+    """The branch and commit that are checked out. Each is `unknown` if git fails, for example outside of a checkout."""
 
     branch: str
     commit: str
 
 
 def read(directory: Path) -> Checkout:
-    """Reads what is checked out. A detached commit that belongs to `main` counts as `main`, because a deployment may
+    """Returns what is checked out. A detached commit that belongs to `main` counts as `main`, because a deployment may
     check out a commit or a remote branch instead of `main` itself."""
     commit, _, branch = _git(directory, "rev-parse", "HEAD", "--abbrev-ref", "HEAD").partition("\n")
     if branch == "HEAD" and any(_git(directory, "merge-base", "--is-ancestor", commit, main) == "" for main in _MAINS):
@@ -38,12 +38,12 @@ def read(directory: Path) -> Checkout:
 
 
 def kind_of(branch: str) -> Kind:
-    """`production` for `main`, `development` for every other branch."""
+    """Returns `production` for `main`, and `development` for every other branch."""
     return "production" if branch in BRANCHES["production"] else "development"
 
 
 def refusal(kind: Kind, directory: Path) -> str | None:
-    """Why the service of this kind may not run from this directory, and what to do; None where it may."""
+    """Returns why a service of this kind may not run from this directory, and what to do, or None if it may."""
     top = _git(directory, "rev-parse", "--show-toplevel")
     if top != str(directory):
         return f"{directory} is not a git checkout, so its branch cannot be checked. Start from a git clone."
@@ -63,8 +63,8 @@ def refusal(kind: Kind, directory: Path) -> str | None:
 
 def _git(directory: Path, *words: str) -> str:
     try:
-        done = subprocess.run(  # noqa: S603 - the words are ours
-            ["git", "-C", str(directory), *words],  # noqa: S607 - whichever git the operator has
+        done = subprocess.run(  # noqa: S603 - the arguments are constants of this file, a path and git's own output
+            ["git", "-C", str(directory), *words],  # noqa: S607 - uses the git that is in the operator's PATH
             capture_output=True,
             text=True,
             check=True,
@@ -76,7 +76,8 @@ def _git(directory: Path, *words: str) -> str:
 
 
 def main() -> int:
-    """Checks the current directory for the kind of service that the command line names; returns the exit status."""
+    """Prints why the service that the command line names may not run from the current directory, if so. Returns the
+    exit status: 0 or WRONG_BRANCH."""
     refused = refusal(cast(Kind, sys.argv[1]), Path.cwd())
     if refused is None:
         return 0

@@ -48,7 +48,7 @@ DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONL
 
 
 def connect(path: Path, *, read_only: bool, busy_timeout: float = 5.0) -> Connection:
-    """Opens a connection and sets the pragmas that the service relies on, in the order in which they take effect.
+    """Opens a connection and sets the pragmas that the service relies on, in an order in which each takes effect.
 
     A `read_only` connection refuses to write. Each waits `busy_timeout` seconds for the locks of other programs. All
     writes of a process go through one connection, because two connections that write and checkpoint at the same
@@ -208,7 +208,7 @@ class _Writer(threading.Thread):
         except Exception as error:  # noqa: BLE001 - every error is passed on to the caller that awaits the job
             self._conn.execute("ROLLBACK TO job")
             job.error = error
-            if _is_unusable(error):
+            if _is_sqlite_failure(error):
                 job.error = job.context.run(_unavailable, error)
             if _code(error) in DISK_ERRORS:
                 self.failed_at = time.monotonic()
@@ -225,8 +225,8 @@ def _is_busy(error: Exception) -> bool:
     return _code(error) == sqlite3.SQLITE_BUSY
 
 
-def _is_unusable(error: Exception) -> bool:
-    """Returns True if SQLite failed, False if it refused a change that violates the schema."""
+def _is_sqlite_failure(error: Exception) -> bool:
+    """Returns True for a failure of SQLite, False for a violated constraint of the schema and for other errors."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
 
 
@@ -280,7 +280,7 @@ class Database:
     """
 
     def __init__(self, path: Path, adoption: "sql.AdoptionContext | None" = None) -> None:
-        """`adoption` is what the migration of a legacy database needs from the rest of the service."""
+        """`adoption` is passed to the migration of a legacy database."""
         self.path = path
         self._adoption = adoption
         self.lease = Lease(path.with_name(path.name + ".workers"))

@@ -1,13 +1,15 @@
-"""What can go wrong, in words a person can act on. Statuses belong to `web`, which maps these classes."""
+"""Exception classes and error codes. `web` maps each class to its HTTP status."""
 
 
 class AppError(Exception):
-    """An error that its caller may read: a sentence and a stable code.
+    """Base class of the errors that the API returns to its caller.
 
-    `retry_after` is in seconds. `message_id` names the reply under which the text that came can be read.
+    `message` states what happened and what the caller can do; it must not contain secrets. `code` is machine-readable
+    and does not change between releases. `retry_after` is in seconds. `message_id` is the id of the reply that failed,
+    which keeps the text received so far.
     """
 
-    code: str = "internal_error"  # of the class, unless an instance is given another
+    code: str = "internal_error"  # default of the class; an instance can have another one
 
     def __init__(
         self,
@@ -25,67 +27,68 @@ class AppError(Exception):
 
 
 class Invalid(AppError):
-    """What was sent cannot be used as it is."""
+    """A value of the request is invalid."""
 
     code = "invalid_request"
 
 
 class Unprocessable(AppError):
-    """What was sent is well formed and contradicts what was sent before."""
+    """The request is valid by itself but contradicts an earlier one."""
 
     code = "unprocessable"
 
 
 class Unauthorized(AppError):
-    """Nobody we know is asking."""
+    """The request has no valid credentials."""
 
     code = "unauthorized"
 
 
 class Forbidden(AppError):
-    """We know who asks, or need not, and the answer is no."""
+    """The configuration of the service does not allow the request."""
 
     code = "forbidden"
 
 
 class NotFound(AppError):
-    """It does not exist, or is not the caller's: the two are one answer."""
+    """The requested thing does not exist or belongs to another user. Both cases give the same error, so that nobody can
+    find out which ids exist."""
 
     code = "not_found"
 
 
 class Conflict(AppError):
-    """It clashes with what exists."""
+    """The request conflicts with existing data."""
 
     code = "conflict"
 
 
 class TooLarge(AppError):
-    """It is over a limit that the message names."""
+    """The request exceeds a size limit, which the message names."""
 
     code = "too_large"
 
 
 class Unsupported(AppError):
-    """It is of a kind that is not taken."""
+    """The media type of the data is not supported."""
 
     code = "unsupported"
 
 
 class TooMany(AppError):
-    """Too much at once; `retry_after` says when to come again."""
+    """A rate limit or the capacity of a queue is exceeded. `retry_after` states when to try again."""
 
     code = "too_many"
 
 
 class Unavailable(AppError):
-    """Something that we need here, the database or the disk, cannot be used now."""
+    """The service cannot do this now: the database, disk or gateway cannot be used, or the process is stopping."""
 
     code = "unavailable"
 
 
 class GatewayError(AppError):
-    """OpenClaw gave no reply, or not all of it. `retryable`: it may answer otherwise next time."""
+    """OpenClaw returned no reply or an incomplete one. `retryable`: sending the same message again may succeed."""
 
     code = "gateway_error"
 
@@ -103,24 +106,24 @@ class GatewayError(AppError):
 
 
 class GatewayUnavailable(GatewayError):
-    """Nothing of the request can have reached the agent."""
+    """The gateway could not be reached, so the agent has not received the message."""
 
     code = "gateway_unavailable"
 
 
 class GatewayTimeout(GatewayError):
-    """The gateway was silent for longer than it may be."""
+    """The gateway sent nothing within the time limit, which for a reply is `CLAWDBOT_TIMEOUT`."""
 
     code = "gateway_timeout"
 
 
 class Interrupted(GatewayError):
-    """This service stopped while the reply was on its way."""
+    """The process of this service ended while the reply was running."""
 
     code = "interrupted"
 
 
-# Every code that a client can meet, by what it means.
+# Each code that routes return, with its class. `web.HTTP_ERRORS` has the codes of requests that reach no route.
 CODES: dict[str, type[AppError]] = {
     "invalid_path": Invalid,
     "invalid_image": Invalid,
@@ -157,12 +160,14 @@ GATEWAY_CODES = tuple(code for code, kind in CODES.items() if issubclass(kind, G
 
 
 def raises(*codes: str) -> dict[str, list[str]]:
-    """What a route's description says of its errors; `web` turns it into OpenAPI's responses."""
+    """Returns the `openapi_extra` of a route that can fail with these codes. `web.describe` turns it into the error
+    responses of the OpenAPI document."""
     return {"x-errors": list(codes)}
 
 
 def failure(code: str, message: str, retryable: bool, message_id: int | None = None) -> AppError:
-    """The error for a failure that was stored with a reply, of the class that its code belongs to."""
+    """Returns the exception for a failure that was stored with a reply. Its class is that of `code` if this is a code
+    of the gateway, otherwise AppError."""
     kind = CODES.get(code, AppError)
     if not issubclass(kind, GatewayError):
         return AppError(message, code=code, message_id=message_id)

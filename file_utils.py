@@ -1,4 +1,4 @@
-"""Paths and bytes below a root: every name is opened relative to its folder's descriptor, never through a link."""
+"""Files below a root directory. Each name is opened relative to its folder's descriptor, and no link is followed."""
 
 import errno
 import os
@@ -17,14 +17,15 @@ MAX_DEPTH = 64  # names in a path; keeps `tree` and the JSON encoder far from Py
 _NAME_BYTES = 255  # Linux, NAME_MAX
 _CHUNK = 1024 * 1024
 
-_OWN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # for paths of ours, which the operator may link
+# For the service's own directories, which the operator may replace by links.
+_OWN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FOLDER = _OWN_FOLDER | os.O_NOFOLLOW
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a FIFO must not block
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # opening a FIFO must not block
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_DOOR = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_HANDLE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = re.compile(r"\.clawd-[0-9a-f]{32}\.tmp")
 
-# What Linux says of a link, a folder, a socket or a file in the wrong place, or of a name it cannot store.
+# Linux's errors for a link, folder, socket or file in the wrong place, and for a name that cannot be stored.
 _WRONG_PATH = {
     *(errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENXIO, errno.ENODEV, errno.ENAMETOOLONG, errno.EILSEQ),
@@ -32,7 +33,7 @@ _WRONG_PATH = {
 
 
 class Node(TypedDict):
-    """A file or folder as the contract's `GET /projects/{id}/files` shows it; `size` is in bytes."""
+    """A file or folder as `GET /projects/{project_id}/files` returns it. `size` is in bytes."""
 
     type: Literal["file", "folder"]
     name: str
@@ -42,27 +43,28 @@ class Node(TypedDict):
 
 
 def read_file(root: Path, path: str, limit: int) -> bytes:
-    """The bytes of the regular file at `path`, relative to `root` with `/`.
+    """Returns the bytes of the regular file at `path`, which is relative to `root` and has `/` between names.
 
-    Raises errors.Invalid (`invalid_path`: no such path may exist, or a link, folder or device stands there),
-    errors.NotFound (`file_not_found`), errors.TooLarge (`file_too_large`: over `limit` bytes).
+    Raises errors.Invalid (`invalid_path`: the path is not allowed, contains a link, or names a folder or device),
+    errors.NotFound (`file_not_found`), errors.TooLarge (`file_too_large`: more than `limit` bytes),
+    errors.Unavailable (`disk_unavailable`).
     """
     *folders, name = _names(path)
     with _explained(), _walk(root, folders) as folder, _opened(name, _FILE, folder) as file:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
-            raise _invalid("there is no file, but a folder or something else")
+            raise _invalid("it is not the path of a file")
         if found.st_size > limit or len(data := _read(file, limit + 1)) > limit:
-            message = f"This file is over {limit:,} bytes: open a smaller one."
+            message = f"The file is larger than {limit:,} bytes. Open a smaller one."
             raise errors.TooLarge(message, code="file_too_large")
         return data
 
 
 def write_file(root: Path, path: str, data: bytes) -> None:
-    """Puts `data` at `path` below `root`: all of it is there afterwards, or what was there before.
+    """Writes `data` to `path` below `root` atomically: if that fails, the file keeps its old content.
 
-    Missing folders are made, the root too; a file that is replaced keeps its mode. Raises errors.Invalid
-    (`invalid_path`, nothing written: as in `read_file`) and errors.Unavailable (`disk_unavailable`).
+    Creates missing folders, including the root. A file that is replaced keeps its permissions. Raises errors.Invalid
+    (`invalid_path`, as in `read_file`, and nothing is written) and errors.Unavailable (`disk_unavailable`).
     """
     *folders, name = _names(path)
     make_folder(root)
@@ -71,39 +73,45 @@ def write_file(root: Path, path: str, data: bytes) -> None:
 
 
 def tree(root: Path) -> list[Node]:
-    """All files and folders below `root`, sorted by name; nothing where `root` is missing or a link.
+    """Returns all files and folders below `root`, sorted by name. Returns nothing if `root` is missing or a link.
 
-    Links, devices and our own temporary files are left out. A folder that vanishes or may not be read has no
-    children, nor has one MAX_DEPTH levels down. Bytes of a name that are not UTF-8 become U+FFFD.
-    Raises errors.Unavailable.
+    Leaves out links, devices and this module's temporary files. A folder has no children in the result if it was
+    removed during the call, is not readable, or is MAX_DEPTH levels deep. Bytes of a name that are not UTF-8 become
+    U+FFFD. Raises errors.Unavailable.
     """
     with _explained():
         return _children(os.fspath(root), None, "", MAX_DEPTH)
 
 
 def write_atomic(target: Path, data: bytes, mode: int = 0o644) -> None:
-    """The same as `write_file` for a path of ours, whose folders may be links. Raises errors.Unavailable."""
+    """Does the same as `write_file` for the service's own files, whose folders may be links.
+
+    Raises errors.Unavailable.
+    """
     make_folder(target.parent)
     with _explained(ours=True), _opened(target.parent, _OWN_FOLDER) as folder:
         _replace(folder, target.name, data, mode)
 
 
 def create_once(target: Path, data: bytes, mode: int = 0o600) -> bytes:
-    """Puts `data` at `target` unless something stands there, and returns what then does.
+    """Writes `data` to `target` unless that file exists, and returns the file's content.
 
-    Of several callers at once, in any process, one wins and all return its bytes. Raises errors.Unavailable.
+    If several processes call it at once, one of them writes, and all return its bytes. Raises errors.Unavailable.
     """
     make_folder(target.parent)
     with _explained(ours=True), _opened(target.parent, _OWN_FOLDER) as folder:
         if not target.exists():
-            with _temporary(folder, data, mode) as name, suppress(FileExistsError):  # another was first
+            with _temporary(folder, data, mode) as name, suppress(FileExistsError):  # another caller was first
                 os.link(name, target.name, src_dir_fd=folder, dst_dir_fd=folder)
             os.fsync(folder)
         return target.read_bytes()
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames a file of ours, in place of what stands at `target`. Raises errors.NotFound, errors.Unavailable."""
+    """Renames one of the service's own files, and replaces `target` if it exists.
+
+    Raises errors.NotFound, errors.Unavailable.
+    """
     make_folder(target.parent)
     with _explained(ours=True), _opened(target.parent, _OWN_FOLDER) as folder:
         os.replace(source, target.name, dst_dir_fd=folder)
@@ -111,7 +119,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents where they are missing. Raises errors.Unavailable."""
+    """Creates a folder and its missing parents, and syncs them to disk. Raises errors.Unavailable."""
     with _explained(ours=True):
         missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
         for folder in reversed(missing):
@@ -121,9 +129,9 @@ def make_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a file, a link (never what it leads to) or a folder with all that is in it, read-only or not.
+    """Removes a file, a link (not its target) or a folder with its content, including read-only folders.
 
-    A missing one is no error. Raises errors.Unavailable when something remains.
+    Does nothing if `path` does not exist. Raises errors.Unavailable if something remains.
     """
     if not path.parent.is_dir():
         return
@@ -135,15 +143,15 @@ def remove_tree(path: Path) -> None:
 
 
 def is_below(root: Path, path: Path) -> bool:
-    """Whether `path` leads to a place within `root`, and not to `root` itself, all links followed."""
+    """Returns True if `path` is inside `root`, and not `root` itself, after all links have been resolved."""
     top, place = os.path.realpath(root), Path(os.path.realpath(path))
     return place != Path(top) and place.is_relative_to(top)
 
 
 def slug(name: str) -> str:
-    """A folder's name out of a project's: letters and digits stay (NFC), all else becomes `_`.
+    """Makes a folder's name from a project's: letters and digits are kept (in NFC), all others become `_`.
 
-    It has 1 to 40 characters, at most 120 bytes of UTF-8, and is `project` where nothing would stay.
+    The result has 1 to 40 characters and at most 120 bytes of UTF-8. It is `project` if no letter or digit is left.
     """
     kept = "".join(char if char.isalnum() else "_" for char in unicodedata.normalize("NFC", name))
     short = kept[:40].encode()[:120].decode(errors="ignore")
@@ -156,25 +164,30 @@ def _invalid(reason: str) -> errors.Invalid:
 
 @contextmanager
 def _explained(*, ours: bool = False) -> Iterator[None]:
-    """Turns what the kernel says into what a caller may be told; of a path that is `ours`, it is the operator's."""
+    """Translates OSError into an error without paths, which a user may see.
+
+    In a path that is `ours`, nothing can be the user's mistake: all errors except a missing file are Unavailable.
+    """
     try:
         yield
     except FileNotFoundError as error:
         raise errors.NotFound("There is no such file.", code="file_not_found") from error
     except OSError as error:
         if error.errno in _WRONG_PATH and not ours:
-            raise _invalid("a link, or something that is no such file or folder, stands in it") from error
-        message = f"The server's disk cannot be used now ({error.strerror}): its operator has to see to it."
+            raise _invalid("a name in it is a link, or not the file or folder that it should be") from error
+        message = (
+            f"The server's disk cannot be used now ({error.strerror}). The operator must fix that; try again later."
+        )
         raise errors.Unavailable(message, code="disk_unavailable") from error
 
 
 def _names(path: str) -> list[str]:
-    """The names in a path that can mean one place only, below its root. Raises errors.Invalid."""
+    """Splits a path into names. Raises errors.Invalid if it could mean a place that is not below the root."""
     names = path.split("/")
     if any(name in ("", ".", "..") for name in names):
-        raise _invalid("write it relative to the project, with one / between names, without . and ..")
+        raise _invalid("use a path relative to the project, with one / between names, without . and ..")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in path):
-        raise _invalid("leave out control characters and what is not valid Unicode")
+        raise _invalid("remove control characters and invalid Unicode")
     if len(names) > MAX_DEPTH or any(len(name.encode()) > _NAME_BYTES for name in names):
         raise _invalid(f"use at most {MAX_DEPTH} names of at most {_NAME_BYTES} bytes each")
     return names
@@ -191,12 +204,12 @@ def _opened(name: str | Path, flags: int, folder: int | None = None) -> Iterator
 
 @contextmanager
 def _walk(root: Path, folders: list[str], *, make: bool = False) -> Iterator[int]:
-    """A descriptor of the folder at the end of `folders`, each opened within the one before."""
+    """Yields a descriptor of the folder at the end of `folders`. Opens each relative to the one before."""
     fd = os.open(root, _FOLDER)
     try:
         for name in folders:
             if make:
-                with suppress(FileExistsError):  # what stands there is judged by opening it
+                with suppress(FileExistsError):  # opening it then fails unless it is a folder
                     os.mkdir(name, dir_fd=fd)
                     os.fsync(fd)
             outer, fd = fd, os.open(name, _FOLDER, dir_fd=fd)
@@ -207,7 +220,7 @@ def _walk(root: Path, folders: list[str], *, make: bool = False) -> Iterator[int
 
 
 def _read(file: int, most: int) -> bytes:
-    """Up to `most` bytes of a file, which may grow meanwhile."""
+    """Reads at most `most` bytes of a file, since it may grow meanwhile."""
     data = bytearray()
     while chunk := os.read(file, min(_CHUNK, most - len(data))):
         data += chunk
@@ -215,13 +228,13 @@ def _read(file: int, most: int) -> bytes:
 
 
 def _mode(folder: int, name: str) -> int:
-    """The permissions that a file written to this name gets."""
+    """Returns the permissions for a file that is written to this name."""
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return 0o644
     if not stat.S_ISREG(found.st_mode):
-        raise _invalid("a folder, a link or something else that is no file stands there")
+        raise _invalid("it is the path of a folder, a link or something else that is not a file")
     return found.st_mode & 0o777
 
 
@@ -233,7 +246,7 @@ def _replace(folder: int, name: str, data: bytes, mode: int) -> None:
 
 @contextmanager
 def _temporary(folder: int, data: bytes, mode: int) -> Iterator[str]:
-    """The name of a file with all of `data` safely on disk, which is gone at the end unless it was renamed."""
+    """Writes `data` to a temporary file and syncs it to disk. Yields its name; removes it unless it was renamed."""
     name = f".clawd-{secrets.token_hex(16)}.tmp"
     fd = os.open(name, _NEW_FILE, 0o600, dir_fd=folder)
     try:
@@ -253,12 +266,12 @@ def _children(name: str, parent: int | None, path: str, depth: int) -> list[Node
         with _opened(name, _FOLDER, parent) as folder, os.scandir(folder) as entries:
             nodes = [_node(entry, folder, path, depth) for entry in entries]
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return []  # removed or replaced meanwhile, or closed to us
+        return []  # removed or replaced meanwhile, or without permission
     return sorted((node for node in nodes if node), key=lambda node: node["name"])
 
 
 def _node(entry: os.DirEntry[str], folder: int, path: str, depth: int) -> Node | None:
-    """An entry as the contract shows it; None for what it leaves out."""
+    """Converts an entry of a folder; returns None for one that `tree` leaves out."""
     try:
         found = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
@@ -273,33 +286,33 @@ def _node(entry: os.DirEntry[str], folder: int, path: str, depth: int) -> Node |
 
 
 def _empty(top: int) -> None:
-    """Removes all that is in a folder."""
+    """Removes the content of a folder."""
     while names := os.listdir(top):
         for name in names:
-            with suppress(FileNotFoundError):  # somebody else removes it too
+            with suppress(FileNotFoundError):  # another process removes it too
                 if not _unlinked(name, top):
                     _lift(name, top)
 
 
 def _lift(name: str, top: int) -> None:
-    """Moves the folders within a folder up to `top`, so that depth costs no stack, and removes the rest of it."""
+    """Moves the subfolders of a folder up to `top`, so that deep trees need no recursion, and removes the folder."""
     with _opened(name, _FOLDER, top) as folder:
-        for inner in os.listdir(folder):  # noqa: PTH208
+        for inner in os.listdir(folder):  # noqa: PTH208 - pathlib cannot list a descriptor
             if not _unlinked(inner, folder):
                 os.rename(inner, secrets.token_hex(16), src_dir_fd=folder, dst_dir_fd=top)
     os.rmdir(name, dir_fd=top)
 
 
 def _unlinked(name: str, folder: int) -> bool:
-    """Removes a file or link, if it is there. False for a folder, which can be read and emptied from then on."""
+    """Removes a file or link, if it exists, and returns True. Makes a folder accessible and returns False."""
     try:
         os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
         return True
     except IsADirectoryError:
-        with _opened(name, _DOOR, folder) as fd:
-            door = f"/proc/self/fd/{fd}"  # chmod has no O_NOFOLLOW of its own
-            if not os.access(door, os.R_OK | os.W_OK | os.X_OK):
-                os.chmod(door, 0o700)  # noqa: PTH101
+        with _opened(name, _HANDLE, folder) as fd:
+            handle = f"/proc/self/fd/{fd}"  # chmod itself would follow a link that replaced the folder
+            if not os.access(handle, os.R_OK | os.W_OK | os.X_OK):
+                os.chmod(handle, 0o700)  # noqa: PTH101 - pathlib has no os.access, so both take a string
         return False
     return True

@@ -1,4 +1,4 @@
-"""What operators ask: alive, ready, the metrics, and which code runs."""
+"""The routes for operators: health, readiness, metrics, and which code is running."""
 
 import asyncio
 import hmac
@@ -26,25 +26,25 @@ router = APIRouter(tags=["health"])
 VERSION = "1.0.0"
 
 
-CHECK_CHECKOUT_EVERY = 2  # seconds
+CHECK_CHECKOUT_EVERY = 2  # seconds between two readings of the checkout's branch and commit
 
 
-# Headers of a request that came to this machine from elsewhere, or that a browser sends for a web page.
-SPEAKS_FOR_OTHERS = frozenset({"forwarded", "x-real-ip", "via", "origin"})
+# Headers that a proxy adds to a request that it forwards, or that a browser adds to a request of a web page.
+FORWARDED_HEADERS = frozenset({"forwarded", "x-real-ip", "via", "origin"})
 
 
 class DatabaseHealth(BaseModel):
     ok: bool
     detail: str = Field(description="Why the database cannot be used; empty if it can.")
     oldest_write_seconds: float = Field(description="How long the oldest write has been waiting for its commit.")
-    sqlite: str = Field(description="SQLite's version.")
+    sqlite: str = Field(description="Version of the SQLite library.")
 
 
 class GatewayHealth(BaseModel):
     url: str
-    ok: bool
-    checked_at: str | None
-    detail: str
+    ok: bool = Field(description="True if the gateway could take a turn at the last check.")
+    checked_at: str | None = Field(description="Time of the last check, ISO 8601 in UTC; null before the first one.")
+    detail: str = Field(description="Result of the last check: what is wrong and how to fix it, if anything is.")
 
 
 class Health(BaseModel):
@@ -54,35 +54,45 @@ class Health(BaseModel):
     branch: str
     commit: str
     port: int
-    stale: bool = Field(description="The checkout has moved on: a restart would run other code.")
-    failed_start: str | None = Field(description="Why newer code did not start, where the one before serves on.")
+    stale: bool = Field(description="Another commit or branch is checked out: a restart would run other code.")
+    failed_start: str | None = Field(
+        description="Why newer code failed to start while this process continued to serve; otherwise null."
+    )
     uptime_seconds: float
     database: DatabaseHealth
     gateway: GatewayHealth
+
+
+class WebSocketHealth(BaseModel):
+    ok: bool
+    detail: str
 
 
 class Ready(BaseModel):
     status: Literal["ready"]
     detail: str
     gateway_version: str | None
+    websocket: WebSocketHealth = Field(
+        description="Whether the gateway's WebSocket works. Deletes in the gateway and the recovery of replies need it."
+    )
 
 
 @dataclass(slots=True)
 class Origin:
-    """Which code runs, since when (seconds of the monotonic clock), and what the checkout holds by now."""
+    """Which code this process runs, and which code is checked out now."""
 
     runs: checkout.Checkout
     now: checkout.Checkout
-    started: float
+    started: float  # seconds of `time.monotonic`
 
     @property
     def environment(self) -> checkout.Kind:
-        """Which service this code is."""
+        """`production` if the code is of `main`, otherwise `development`."""
         return checkout.kind_of(self.runs.branch)
 
 
 async def watch_checkout(origin: Origin) -> None:
-    """Keeps what health says of the checkout fresh."""
+    """Updates `origin.now` every CHECK_CHECKOUT_EVERY seconds, so that `/health` reads it without calling git."""
     while True:
         await asyncio.sleep(CHECK_CHECKOUT_EVERY)
         origin.now = await asyncio.to_thread(checkout.read, CHECKOUT)
@@ -90,7 +100,8 @@ async def watch_checkout(origin: Origin) -> None:
 
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})
 async def read_health(request: Request, parts: OpenParts) -> Any:
-    """How the service is, at once, whatever the gateway does; 503 where the database cannot be read and written."""
+    """Returns the state of the service. Answers at once, because the gateway is checked in the background. The status
+    is 503 if the database cannot be read and written."""
     origin: Origin = request.state.origin
     database = await _database_health(parts)
     state = parts.openclaw.state
@@ -132,27 +143,34 @@ def _iso(seconds: float) -> str | None:
 
 @router.get("/health/ready", response_model=Ready, openapi_extra=errors.raises("not_ready"))
 async def read_ready(parts: OpenParts) -> Ready:
-    """Whether a turn can be taken now: 503 while the database cannot be written, the gateway cannot take a turn, or
-    this process ends."""
+    """Answers 200 if a turn can start now, and 503 while the database cannot be written, the gateway cannot take a turn
+    or this process is stopping. `detail` states the cause and the fix. Checks the gateway if its last check is older
+    than one second."""
     if parts.turns.draining:
-        raise errors.Unavailable("This process is ending; another one takes over.", code="not_ready", retry_after=1)
+        raise errors.Unavailable(
+            "This process is stopping. Retry in a second: after a restart, the new process answers.",
+            code="not_ready",
+            retry_after=1,
+        )
     database = await _database_health(parts)
     if not database.ok:
         raise errors.Unavailable(database.detail, code="not_ready", retry_after=5)
     state = await parts.openclaw.check(max_age=1)
     if not state.ok:
         raise errors.Unavailable(state.detail, code="not_ready", retry_after=5)
-    return Ready(status="ready", detail=state.detail, gateway_version=state.version)
+    websocket = WebSocketHealth(ok=state.websocket.ok, detail=state.websocket.detail)
+    return Ready(status="ready", detail=state.detail, gateway_version=state.version, websocket=websocket)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, openapi_extra=errors.raises("unauthorized"))
 async def read_metrics(request: Request, parts: OpenParts) -> Response:
-    """The metrics in Prometheus' text format, for callers on this machine and whoever has METRICS_TOKEN, which is
-    sent as `Authorization: Bearer <token>`. What the database does not say is left out."""
+    """Returns metrics in Prometheus' text format. Answers callers on the same machine, and callers elsewhere that send
+    `Authorization: Bearer <METRICS_TOKEN>`. Omits the numbers of running and waiting turns while the database cannot be
+    read."""
     if not _is_local(request) and not _has_metrics_token(request, parts.settings):
         raise errors.Unauthorized(
-            "The metrics are for callers on this machine. From elsewhere, send the operator's METRICS_TOKEN in the "
-            "header `Authorization: Bearer <token>`."
+            "Only callers on the same machine can read the metrics without a token. From elsewhere or through a proxy, "
+            "send `Authorization: Bearer <METRICS_TOKEN>`; the operator sets METRICS_TOKEN."
         )
     try:
         turns = parts.db.read(sql.count_turns)
@@ -166,12 +184,13 @@ async def read_metrics(request: Request, parts: OpenParts) -> Response:
 
 
 def _is_local(request: Request) -> bool:
-    """Whether the caller is on this machine, and is neither a proxy that speaks for others nor a web page."""
-    if any(name.startswith("x-forwarded-") or name in SPEAKS_FOR_OTHERS for name in request.headers):
+    """Returns whether the request comes from a program on this machine. A proxy on this machine also connects from a
+    loopback address, and so does a browser on it that shows a foreign web page: their headers give both away."""
+    if any(name.startswith("x-forwarded-") or name in FORWARDED_HEADERS for name in request.headers):
         return False
     try:
         address = ip_address(request.client.host if request.client else "")
-    except ValueError:  # a Unix socket
+    except ValueError:  # a client on a Unix socket has no IP address
         return False
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return (mapped or address).is_loopback

@@ -1,4 +1,4 @@
-"""What a picture is: recognised by its bytes, limited, stored by its content, shown through a signed URL."""
+"""Images: recognized by their bytes, limited in size, stored under their SHA-256, served under signed URLs."""
 
 import base64
 import hashlib
@@ -20,13 +20,14 @@ import pillow_heif
 import errors
 import file_utils
 
-MAX_IMAGES = 8  # the contract's limits, which are OpenClaw's too (docs/gateway/openai-http-api.md)
-MAX_BYTES = 10 * 1024 * 1024
-MAX_TOTAL = 20 * 1024 * 1024
-MAX_PIXELS = 64 * 1024 * 1024  # of one frame: decoding takes 260 MB of memory, of WebP 1 GB
-MAX_WORK = 16 * MAX_PIXELS  # pixels of all frames, or of a JPEG's scans: some 10 of them, each over all pixels
-MAX_SEGMENTS = 1000  # of a JPEG; 2.6 million empty ones fit in 10 MB and cost Pillow 16 s and 700 MB
-MAX_PROFILE = 64 * 1024  # bytes; a display's colour profile has under 4 KB
+# The first three limits are also OpenClaw's (docs/gateway/openai-http-api.md in its repository).
+MAX_IMAGES = 8  # images of a message
+MAX_BYTES = 10 * 1024 * 1024  # bytes of an image
+MAX_TOTAL = 20 * 1024 * 1024  # bytes of all images of a message
+MAX_PIXELS = 64 * 1024 * 1024  # of one frame; decoding that many takes 260 MB of memory, in a WebP 1 GB
+MAX_WORK = 16 * MAX_PIXELS  # pixels of all frames, or of all scans of a JPEG: about 10, each over all its pixels
+MAX_SEGMENTS = 1000  # of a JPEG; 2.6 million empty segments fit in 10 MB and cost Pillow 16 s and 700 MB
+MAX_PROFILE = 64 * 1024  # bytes of a color profile; that of a display has less than 4 KB
 
 _MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png", "gif": "image/gif", "webp": "image/webp"}
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "HEIF": "jpg"}
@@ -37,7 +38,7 @@ _SIGNATURES = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
     "HEIF": re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL),
 }
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # but those that stand within a scan's data
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # without those that occur inside a scan's data
 _DATA_URL = re.compile(r"\s*data:[^,]{0,255};\s*base64\s*,", re.IGNORECASE)
 _WEB_URL = re.compile(r"\s*https?:", re.IGNORECASE)
 _SESSION_KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -51,7 +52,7 @@ warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture that every browser shows: its bytes, their media type, their SHA-256 in hex."""
+    """An image of a type that every browser shows: its bytes, their media type, their SHA-256 in hexadecimal."""
 
     data: bytes
     media_type: str
@@ -65,30 +66,30 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """An image that is safely on disk and belongs to no message yet."""
+    """An image that is synced to disk and does not belong to a message yet."""
 
     image: Image
     path: Path
 
     def discard(self) -> None:
-        """Removes the file; nothing happens once it has been published."""
+        """Removes the file. Does nothing if it was published."""
         file_utils.remove_tree(self.path)
 
 
 def decode(sources: Sequence[str]) -> list[Image]:
-    """The images of a message, out of base64 with or without a `data:` prefix, whose label is not believed.
+    """Decodes the images of a message from base64, with or without a `data:` prefix, whose media type is ignored.
 
-    JPEG, PNG, GIF and WebP keep their bytes; HEIC becomes JPEG. Raises errors.TooLarge (`image_too_large`),
-    errors.Unsupported (`unsupported_image`: another type), errors.Invalid (`invalid_image`: does not decode).
+    JPEG, PNG, GIF and WebP keep their bytes; HEIC is converted to JPEG. Raises errors.TooLarge (`image_too_large`),
+    errors.Unsupported (`unsupported_image`: another type), errors.Invalid (`invalid_image`: cannot be decoded).
     """
     count = len(sources)
     if count > MAX_IMAGES:
-        raise _too_large(f"A message takes at most {MAX_IMAGES} images, not {count}: send the rest in another one")
+        raise _too_large(f"A message may have at most {MAX_IMAGES} images, not {count}. Send the rest in another one")
     labels = [f"Image {number} of {count}" if count > 1 else "The image" for number in range(1, count + 1)]
     pictures = [_bytes(source, label) for source, label in zip(sources, labels, strict=True)]
     total = sum(map(len, pictures))
     if total > MAX_TOTAL:
-        raise _too_large("The images of a message may have 20 MB together: send some of them in another one")
+        raise _too_large("The images of a message may have at most 20 MB together. Send some of them in another one")
     return [
         _image(data, label, budget=min(MAX_BYTES, len(data) * MAX_TOTAL // total))
         for data, label in zip(pictures, labels, strict=True)
@@ -96,21 +97,22 @@ def decode(sources: Sequence[str]) -> list[Image]:
 
 
 def content_part(image: Image) -> dict[str, object]:
-    """The image as OpenClaw takes it (docs/gateway/openai-http-api.md)."""
+    """Returns the image as an OpenAI content part, in the form that OpenClaw accepts."""
     url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 class ImageStore:
-    """The pictures on disk, as `<session_key>/<sha256>.<extension>` below a root, and the URLs that show them."""
+    """The images on disk, as `<session_key>/<sha256>.<extension>` below a root, and their signed URLs."""
 
     def __init__(self, root: Path, secret: bytes) -> None:
-        self._root = root.resolve()  # the operator may link it to another disk
+        """`secret` is the key from which the key for URLs is derived."""
+        self._root = root.resolve()  # may be a link to another disk, which `file_utils.read_file` would refuse
         self._incoming = self._root / "incoming"
         self._key = hmac.digest(secret, b"image-url", "sha256")
 
     def stage(self, images: Sequence[Image]) -> list[Staged]:
-        """Writes images to disk, all or none, before there is a message to hold them. Raises errors.Unavailable."""
+        """Writes images to disk, all or none, before their message exists. Raises errors.Unavailable."""
         staged: list[Staged] = []
         try:
             for image in images:
@@ -123,18 +125,42 @@ class ImageStore:
         return staged
 
     def publish(self, session_key: str, staged: Sequence[Staged]) -> list[str]:
-        """Renames staged images into a session's folder; their names, as `load` takes them, in the same order.
+        """Renames staged images into a session's folder.
 
-        Raises errors.Unavailable.
+        Returns their names, as `load` takes them, in the same order. Raises errors.Unavailable.
         """
         files = [f"{_folder(session_key)}/{one.image.digest}.{one.image.extension}" for one in staged]
         for one, file in zip(staged, files, strict=True):
             file_utils.move(one.path, self._root / file)
         return files
 
+    def save(self, session_key: str, images: Sequence[Image]) -> list[str]:
+        """Stages and publishes images; returns their names. Raises errors.Unavailable."""
+        staged = self.stage(images)
+        try:
+            return self.publish(session_key, staged)
+        finally:
+            for one in staged:
+                one.discard()
+
+    def exist(self, files: Sequence[str]) -> bool:
+        """Returns True if all of these published images are on disk."""
+        return all((self._root / file).exists() for file in files)
+
+    def remove(self, files: Sequence[str]) -> None:
+        """Removes published images, and their session's folder if nothing else is in it."""
+        for file in files:
+            path = self._root / file
+            file_utils.remove_tree(path)
+            with suppress(OSError):  # other images are in it, or it is gone
+                path.parent.rmdir()
+
     def adopt(self, session_key: str, source: str) -> tuple[str, bool] | None:
-        """Makes a file of a picture of old; its name, and whether it has every byte of it. None for what is no
-        picture that is taken. Raises errors.Unavailable."""
+        """Stores an image of a legacy database, which is in base64.
+
+        Returns its name, as `load` takes it, and whether the file has exactly the image's bytes; a HEIC is converted.
+        Returns None if the source is not an image that `decode` accepts. Raises errors.Unavailable.
+        """
         try:
             data = _bytes(source, "The image")
             image = _image(data, "The image", MAX_BYTES)
@@ -143,7 +169,7 @@ class ImageStore:
         return self.publish(session_key, self.stage([image]))[0], image.data == data
 
     def load(self, file: str) -> Image:
-        """Reads a published image. Raises errors.NotFound (`image_not_found`)."""
+        """Reads a published image. Raises errors.NotFound (`image_not_found`), errors.Unavailable."""
         if not _FILE.fullmatch(file):
             raise _not_found()
         try:
@@ -155,21 +181,21 @@ class ImageStore:
         return Image(data, _MEDIA_TYPES[extension], digest)
 
     def remove_session(self, session_key: str) -> None:
-        """Removes all images of a session, if it has any. Raises errors.Unavailable when something remains."""
+        """Removes all images of a session, if it has any. Raises errors.Unavailable if something remains."""
         file_utils.remove_tree(self._root / _folder(session_key))
 
     def sweep(self, older_than: float) -> None:
-        """Removes staged images that are older than so many seconds: a crash left them."""
+        """Removes staged images that are older than `older_than` seconds, which a crash has left."""
         if self._incoming.exists():
             for path in self._incoming.iterdir():
-                with suppress(FileNotFoundError):  # published meanwhile
+                with suppress(FileNotFoundError):  # another worker has published or removed it
                     if path.stat().st_mtime < time.time() - older_than:
                         file_utils.remove_tree(path)
 
     def sign(self, image_id: int, file: str, now: float) -> str:
-        """The path and query under which a browser loads an image for the next 24 to 48 hours.
+        """Returns the path and query of an image's URL, which is valid for 24 to 48 hours.
 
-        `now` is in Unix seconds. The URL stays the same until midnight UTC, so that browsers keep the picture.
+        `now` is in Unix seconds. The URL stays the same until midnight UTC, so that browsers can cache the image.
         """
         extension = file.rpartition(".")[2]
         expires = str((int(now) // _DAY + 2) * _DAY)
@@ -177,7 +203,7 @@ class ImageStore:
         return f"/images/{image_id}.{extension}?expires={expires}&signature={signature}"
 
     def verify(self, image_id: int, extension: str, expires: str | int, signature: str, now: float) -> None:
-        """Returns if `sign` made this URL and it has not expired. Raises errors.NotFound (`image_not_found`)."""
+        """Raises errors.NotFound (`image_not_found`) unless `sign` made this URL and it has not expired."""
         expected = self._signature(image_id, extension, str(expires))
         if not hmac.compare_digest(expected.encode(), signature.encode(errors="replace")):
             raise _not_found()
@@ -190,7 +216,7 @@ class ImageStore:
 
 
 def _folder(session_key: str) -> str:
-    """The name of a session's folder. A key of old that is no UUID has one that is made of it."""
+    """Returns the name of a session's folder: the session key, or a UUID made of a legacy key that is not a UUID."""
     return session_key if _SESSION_KEY.fullmatch(session_key) else str(uuid.uuid5(uuid.NAMESPACE_OID, session_key))
 
 
@@ -203,70 +229,71 @@ def _invalid(message: str) -> errors.Invalid:
 
 
 def _not_found() -> errors.NotFound:
-    message = "There is no such image, or its link has expired: load the messages again for a new one."
+    message = "There is no such image, or its URL has expired. List the messages again for a new URL."
     return errors.NotFound(message, code="image_not_found")
 
 
 def _bytes(source: str, label: str) -> bytes:
-    """What base64 stands for, in either alphabet, with or without line breaks and padding."""
+    """Decodes base64 in either alphabet, with or without line breaks and padding."""
     if _WEB_URL.match(source):
-        raise _invalid(f"{label} is a link, which is not followed: send the bytes of the picture as base64")
-    if len(source) > MAX_BYTES * 3 // 2:  # base64 makes 4 of 3, line breaks up to 4.2
-        raise _too_large(f"{label} is over 10 MB: send a smaller one")
+        raise _invalid(f"{label} is a URL, and the service downloads no images. Send the image's bytes in base64")
+    if len(source) > MAX_BYTES * 3 // 2:  # base64 turns 3 bytes into 4 characters, with line breaks into up to 4.2
+        raise _too_large(f"{label} is larger than 10 MB. Send a smaller one")
     prefix = _DATA_URL.match(source)
     text = "".join(source[prefix.end() if prefix else 0 :].split()).translate({ord("-"): "+", ord("_"): "/"})
     bare = text.rstrip("=")
     padded = bare + "=" * (-len(bare) % 4)
     if len(bare) * 3 // 4 > MAX_BYTES:
-        raise _too_large(f"{label} is over 10 MB: send a smaller one")
+        raise _too_large(f"{label} is larger than 10 MB. Send a smaller one")
     if not bare or text not in (bare, padded):
-        raise _invalid(f"{label} is not base64: send the bytes of the picture as base64")
+        raise _invalid(f"{label} is not valid base64. Send the image's bytes in base64")
     try:
         return base64.b64decode(padded, validate=True)
     except ValueError as error:
-        raise _invalid(f"{label} is not base64: send the bytes of the picture as base64") from error
+        raise _invalid(f"{label} is not valid base64. Send the image's bytes in base64") from error
 
 
 def _image(data: bytes, label: str, budget: int) -> Image:
     kind = next((kind for kind, signature in _SIGNATURES.items() if signature.match(data)), None)
     if kind is None:
-        message = f"{label} is not of a type that is taken: send JPEG, PNG, GIF, WebP or HEIC."
+        message = f"{label} has a type that is not supported. Send JPEG, PNG, GIF, WebP or HEIC."
         raise errors.Unsupported(message, code="unsupported_image")
-    with _judged(label):
+    with _decoding_errors(label):
         scans = _scans(data) if kind == "JPEG" else 1
         with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:
-            # the further pictures in a JPEG or HEIC are no frames, and are not decoded
+            # Further images in a JPEG or HEIC do not count, because they are not decoded.
             frames = int(getattr(picture, "n_frames", 1)) if kind in ("PNG", "GIF", "WEBP") else 1
             pixels = picture.width * picture.height
             if pixels > MAX_PIXELS or pixels * scans * frames > MAX_WORK:
                 raise _too_many_pixels(label)
             picture.verify()
-        with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:  # `verify` leaves nothing to decode
+        with PIL.Image.open(io.BytesIO(data), formats=[kind]) as picture:  # again, since `verify` consumes it
             picture.load()
             data = _jpeg(picture, budget) if kind == "HEIF" else data
     return Image(data, _MEDIA_TYPES[_EXTENSIONS[kind]], hashlib.sha256(data).hexdigest())
 
 
 @contextmanager
-def _judged(label: str) -> Iterator[None]:
+def _decoding_errors(label: str) -> Iterator[None]:
     try:
         yield
     except (errors.AppError, MemoryError):
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(label) from error
-    except Exception as error:  # a decoder that is fed hostile bytes raises whatever it likes
-        raise _invalid(f"{label} is damaged and does not open: save it again and send that") from error
+    except Exception as error:  # decoders raise exceptions of any class on malicious bytes
+        raise _invalid(f"{label} is damaged and cannot be decoded. Save it again and send the new file") from error
 
 
 def _too_many_pixels(label: str) -> errors.TooLarge:
-    return _too_large(f"{label} has over 64 megapixels, or too many frames: send a smaller one")
+    return _too_large(f"{label} has more than 64 megapixels, or too many frames. Send a smaller one")
 
 
 def _scans(data: bytes) -> int:
-    """How often a JPEG goes over its pixels. What phones put behind its end, a film say, does not count.
+    """Returns the number of scans in a JPEG: how often its decoder goes over all pixels.
 
-    Raises ValueError for one with more segments than anything makes.
+    Data after the JPEG's end, such as a video that a phone appends, does not count. Raises ValueError for a JPEG with
+    more than MAX_SEGMENTS segments, which no program writes.
     """
     position = scans = 0
     for _ in range(MAX_SEGMENTS):
@@ -279,10 +306,10 @@ def _scans(data: bytes) -> int:
 
 
 def _jpeg(picture: PIL.Image.Image, budget: int) -> bytes:
-    """The picture as JPEG of at most `budget` bytes. pillow_heif has turned it upright, by `irot` as HEIF has it.
+    """Converts an image to a JPEG of at most `budget` bytes. pillow_heif has rotated it already, by HEIF's `irot`.
 
-    JPEG takes twice the bytes of HEIC, and what a client may send must be what OpenClaw takes. So that a small
-    budget leaves something to see, it is overdrawn rather than going below 1,024 pixels.
+    A JPEG takes twice the bytes of a HEIC, but OpenClaw must accept every image that this service accepts. Reduces the
+    image only as long as its longer side keeps 1,024 pixels; after that, the JPEG may exceed the budget.
     """
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
@@ -297,7 +324,7 @@ def _jpeg(picture: PIL.Image.Image, budget: int) -> bytes:
 
 
 def _saved(picture: PIL.Image.Image, quality: int) -> bytes:
-    """A JPEG with the colour profile and nothing else: what EXIF tells, such as the place, stays behind."""
+    """Encodes an image as JPEG with its color profile, but without EXIF data, which can reveal where it was taken."""
     profile = picture.info.get("icc_profile") or b""
     output = io.BytesIO()
     picture.save(output, "JPEG", quality=quality, icc_profile=profile if len(profile) <= MAX_PROFILE else None)

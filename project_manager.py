@@ -65,7 +65,7 @@ class SessionOut(BaseModel):
     project_id: int
     session_key: str
     label: str | None = Field(
-        description="If no label was set: null, and after the first message the first words of that message."
+        description="The label that was set, or else the first words of the first message. Null before that message."
     )
     archived: Literal[0, 1]
     scope: str
@@ -142,14 +142,15 @@ async def _new_folder(parts: Parts, name: str, description: str | None) -> Async
     """
     stamp = f"{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
     folder = parts.settings.projects / f"{file_utils.slug(name)}_{stamp}"
-    # The job is stored before the folder exists: if this process dies here, another worker removes the folder.
-    job = await parts.db.write(sql.insert_outbox_job, "folder", str(folder), parts.turns.owner)
-    try:
-        await asyncio.to_thread(_make_folder, folder, name, description)
-        yield str(folder), job
-    except Exception:
-        await parts.outbox.run([job])
-        raise
+    with parts.outbox.holding(str(folder)):
+        # The job is stored before the folder exists: if this process dies here, another worker removes the folder.
+        job = await parts.db.write(sql.insert_outbox_job, "folder", str(folder), parts.turns.owner)
+        try:
+            await asyncio.to_thread(_make_folder, folder, name, description)
+            yield str(folder), job
+        except Exception:
+            await parts.outbox.run([job])
+            raise
 
 
 def _make_folder(folder: Path, name: str, description: str | None) -> None:
@@ -172,7 +173,7 @@ async def change_project(project_id: Id, body: ProjectChange, user: CurrentUser,
 
 @router.delete("/projects/{project_id}", tags=["projects"], openapi_extra=errors.raises("project_not_found"))
 async def delete_project(project_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
-    """Stops the project's turns; deletes it with its sessions, messages, images and folder, and in the gateway."""
+    """Deletes a project with its sessions (also in the gateway), messages, images and folder. Stops its turns."""
     await parts.turns.delete(sql.delete_project, user.id, project_id)
     return Deleted(message="Project deleted")
 
@@ -219,7 +220,7 @@ async def change_session(session_id: Id, body: SessionChange, user: CurrentUser,
 
 @router.delete("/sessions/{session_id}", tags=["sessions"], openapi_extra=errors.raises("session_not_found"))
 async def delete_session(session_id: Id, user: CurrentUser, parts: OpenParts) -> Deleted:
-    """Stops the session's turns; deletes it with its messages and images, and in the gateway."""
+    """Deletes a session (also in the gateway) with its messages and images. Stops its turns."""
     return await _delete_session(parts, user.id, session_id, None)
 
 

@@ -1,4 +1,4 @@
-"""The environment: read once, checked at the start, handed down from `app`."""
+"""The settings: read once from the environment and `.env`, validated, and passed on by `app`."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,28 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 CHECKOUT = Path(__file__).resolve().parent
+MIN_INVITE_CODE = 8  # characters
+SWITCHES = {"disabled", "enabled", "invite-only", "invite_only", "restricted", "register", "everybody", "everyone"}
+# Parts of secrets that examples and templates contain, and that people leave as they are.
+PLACEHOLDERS = (
+    *("changeme", "change-me", "change_me", "change this", "change-this", "change_this", "replace-me", "placeholder"),
+    *("your-secret", "your_secret", "yoursecret", "256-bit", "supersecret", "super-secret", "super_secret", "insecure"),
+    *("secretkey", "secret-key", "secret_key", "jwt-secret", "jwt_secret", "jwtsecret", "example"),
+)
 
 
 def _absolute(path: Path) -> Path:
-    """A path as the service uses it: `~` means home, a relative one starts at the checkout."""
+    """Returns an absolute path. Expands `~`; a relative path starts at the checkout, not at the working directory."""
     try:
         return (CHECKOUT / path.expanduser()).resolve()
-    except RuntimeError as error:  # no such user
+    except RuntimeError as error:  # raised for `~name` if there is no such user
         raise ValueError(str(error)) from None
 
 
 def _http_url(url: str) -> str:
-    """An http(s) address without its trailing slash. Raises ValueError for anything else."""
+    """Returns an http(s) URL without its trailing slash. Raises ValueError for anything else."""
     parts = urlsplit(url)
-    _ = parts.port  # raises ValueError for one that is no port
+    _ = parts.port  # raises ValueError for an invalid port
     plain = re.fullmatch(r"[\x21-\x7e]+", url) and not (parts.query or parts.fragment or "@" in parts.netloc)
     if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
         raise ValueError("write it as http://host:port")
@@ -30,16 +38,39 @@ def _http_url(url: str) -> str:
 
 
 def _printable(secret: SecretStr) -> SecretStr:
-    """A token that fits into a header. Raises ValueError for others."""
+    """Returns the token of the gateway, which is sent in a header. Raises ValueError if it contains control characters,
+    because a header cannot contain them."""
     if re.search(r"[\x00-\x1f\x7f]", secret.get_secret_value()):
-        raise ValueError("it has a control character in it, perhaps a line break")
+        raise ValueError("remove the control character, perhaps a line break")
     return secret
 
 
 def _bearer(secret: SecretStr) -> SecretStr:
-    """A token that others present to us. Raises ValueError for one that is short or does not fit into a header."""
+    """Returns a token that callers send to this service in a header. Raises ValueError if it is easy to guess or does
+    not fit into a header."""
     if not re.fullmatch(r"[\x21-\x7e]{16,}", secret.get_secret_value()):
-        raise ValueError("it needs 16 characters or more, printable ASCII without spaces")
+        raise ValueError("use at least 16 printable ASCII characters without spaces")
+    return secret
+
+
+def _signing_secret(secret: SecretStr) -> SecretStr:
+    """Returns the secret that signs tokens. Raises ValueError if it is a well-known placeholder or hardly random:
+    whoever guesses it can log in as anybody."""
+    value = secret.get_secret_value()
+    repeats = any(value == (value[:period] * len(value))[: len(value)] for period in range(1, 17))
+    if repeats or len(set(value)) < 8 or any(word in value.lower() for word in PLACEHOLDERS):
+        raise ValueError("it is easy to guess; generate one, for example with: openssl rand -hex 32")
+    return secret
+
+
+def _signup(secret: SecretStr) -> SecretStr:
+    """Returns `open`, `closed` or an invite code. Raises ValueError for a code that is short or looks like a switch:
+    `SIGNUP=false` once let everybody in who wrote `false`."""
+    value = secret.get_secret_value()
+    if value.strip().lower() in ("open", "closed"):
+        return SecretStr(value.strip().lower())
+    if len(value) < MIN_INVITE_CODE or value.strip().lower() in SWITCHES:
+        raise ValueError(f"write `open`, `closed`, or an invite code of at least {MIN_INVITE_CODE} characters")
     return secret
 
 
@@ -48,7 +79,8 @@ HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
 class Settings(BaseSettings):
-    """All that the environment, or a `.env` beside the code, may say. Times are in seconds."""
+    """The settings of one app, from environment variables of the same names in capitals or from a file `.env` in the
+    checkout; variables take precedence. An empty variable counts as unset. Times are in seconds."""
 
     model_config = SettingsConfigDict(
         env_file=CHECKOUT / ".env", env_ignore_empty=True, extra="ignore", frozen=True, validate_default=True
@@ -62,9 +94,9 @@ class Settings(BaseSettings):
     clawdbot_timeout: float = Field(1800, gt=0, le=172_800)
     public_base_url: HttpUrl | None = None
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ("*",)
-    jwt_secret: SecretStr | None = Field(None, min_length=32)
+    jwt_secret: Annotated[SecretStr, Field(min_length=32), AfterValidator(_signing_secret)] | None = None
     token_ttl: int = Field(7 * 86_400, ge=60, le=366 * 86_400)
-    signup: SecretStr = Field(SecretStr("open"), max_length=200)
+    signup: Annotated[SecretStr, Field(max_length=200), AfterValidator(_signup)] = SecretStr("open")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"
     metrics_token: Annotated[SecretStr, AfterValidator(_bearer)] | None = None
@@ -94,28 +126,29 @@ class Settings(BaseSettings):
 
     @property
     def secrets(self) -> list[str]:
-        """All that no log may say."""
+        """The values that must not appear in the log, which `telemetry` replaces there."""
         kept = (self.clawdbot_token, self.jwt_secret, self.signup, self.metrics_token)
         return [secret.get_secret_value() for secret in kept if secret is not None]
 
     @property
     def data(self) -> Path:
-        """Where images and the generated secret lie: beside the database unless `DATA_DIR` says otherwise."""
+        """Directory of images and the generated secret: `DATA_DIR`, or else the directory of the database."""
         return self.data_dir or self.db_path.parent
 
     @property
     def projects(self) -> Path:
-        """Where the project folders lie."""
+        """Directory of the project folders: `PROJECTS_DIR`, or else `projects` in the data directory."""
         return self.projects_dir or self.data / "projects"
 
     @property
     def images(self) -> Path:
-        """Where the pictures of messages lie."""
+        """Directory of the images of messages."""
         return self.data / "images"
 
 
 def load_settings() -> Settings:
-    """The settings of this process. Raises SystemExit with one line that names each wrong variable."""
+    """Returns the settings of this process. Raises SystemExit with one line that names each invalid variable and the
+    rule that its value breaks."""
     try:
         return Settings()
     except ValidationError as error:

@@ -1,6 +1,7 @@
-"""What is told about the running service: one line of the log for each event, and the metrics.
+"""Log lines and metrics.
 
-Who knows what a task is about says so once (`begin_request`, `note`); every line of that task then carries it.
+Code that knows the request, user, session or turn of the current task records it once (`begin_request`, `note`). Each
+line that the task logs from then on contains these ids.
 """
 
 import json
@@ -30,49 +31,50 @@ Form = Literal["plain", "json"]
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 STDOUT = 1
-SHORTEST_SECRET = 8  # characters; to replace a shorter one everywhere would make lines unreadable
+SHORTEST_SECRET = 8  # characters; replacing shorter secrets everywhere would make lines unreadable
 ACCESS_TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*")
-# All that is taken for the end of a line, by a terminal, a log shipper or Python, or steers a terminal.
+# Characters that a terminal, a log shipper or Python takes for the end of a line, or that control a terminal. If they
+# were not escaped, a caller could forge log lines. Lone surrogates are included because UTF-8 cannot encode them.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-TELL_EVERY = 2.0  # seconds between two lines on long work
+PROGRESS_EVERY = 2.0  # seconds between two progress reports
 FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each, which nobody needs
+# Without this, each counter would have a second series `…_created` with its start time, which no dashboard needs.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the package does not annotate this function
 
 
-# --- what a line is about -----------------------------------------------------------------------------
+# --- ids in log lines ---------------------------------------------------------------------------------
 
 
-class _About(NamedTuple):
+class _Ids(NamedTuple):
     request_id: str | None = None
     user_id: int | None = None
     session_id: int | None = None
     turn_id: int | None = None
 
 
-_NOTHING = _About()
-_about: ContextVar[_About] = ContextVar("about", default=_NOTHING)
+_NO_IDS = _Ids()
+_ids: ContextVar[_Ids] = ContextVar("ids", default=_NO_IDS)
 
 
 def begin_request(request_id: str) -> None:
-    """The lines of this task are about that request from now on, and about nothing that was noted before."""
-    _about.set(_About(request_id))
+    """Adds a request's id to the log lines of this task, and removes all ids that were recorded before."""
+    _ids.set(_Ids(request_id))
 
 
 def note(*, user_id: int | None = None, session_id: int | None = None, turn_id: int | None = None) -> None:
-    """The lines of this task are about these too. A turn's id is that of its reply's message."""
-    known = _about.get()
-    _about.set(
-        _About(known.request_id, user_id or known.user_id, session_id or known.session_id, turn_id or known.turn_id)
-    )
+    """Adds these ids to the log lines of this task, and keeps the others. A turn's id is its reply's message id."""
+    known = _ids.get()
+    _ids.set(_Ids(known.request_id, user_id or known.user_id, session_id or known.session_id, turn_id or known.turn_id))
 
 
 def turn_context(session_id: int, turn_id: int, *, asked_here: bool) -> Context:
-    """What a turn's tasks run in. `asked_here`: the request of this task began it, and its lines say so."""
-    about = _about.get() if asked_here else _NOTHING
+    """Returns a context for the tasks of a turn, with the turn's ids for their log lines. With `asked_here`, it also
+    keeps the ids of the request and user of the current task, because that request began the turn."""
+    ids = _ids.get() if asked_here else _NO_IDS
     context = copy_context()
-    context.run(_about.set, about._replace(session_id=session_id, turn_id=turn_id))
+    context.run(_ids.set, ids._replace(session_id=session_id, turn_id=turn_id))
     return context
 
 
@@ -80,7 +82,7 @@ def turn_context(session_id: int, turn_id: int, *, asked_here: bool) -> Context:
 
 
 class _Formatter(logging.Formatter):
-    """What both formats have in common."""
+    """Base class of both formats: builds message and traceback without secrets."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class _Formatter(logging.Formatter):
         try:
             return self._without_secrets(record.getMessage())
         except (TypeError, ValueError):
-            return f"{record.msg} (with arguments that do not fit)"
+            return f"{record.msg} (the arguments of this log call do not match its format string)"
 
     def _traceback(self, record: logging.LogRecord) -> str:
         parts = [self.formatException(record.exc_info)] if record.exc_info and record.exc_info[0] else []
@@ -105,10 +107,10 @@ class _Formatter(logging.Formatter):
 
 class _Plain(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """A line; a traceback follows on indented ones."""
-        about = _about.get()
-        names = ("user", about.user_id), ("session", about.session_id), ("turn", about.turn_id)
-        known = [self._without_secrets(about.request_id or "-")]
+        """Formats a record as one line of text; a traceback follows on indented lines."""
+        ids = _ids.get()
+        names = ("user", ids.user_id), ("session", ids.session_id), ("turn", ids.turn_id)
+        known = [self._without_secrets(ids.request_id or "-")]
         known += [f"{name}={value}" for name, value in names if value is not None]
         head = f"{self.formatTime(record)} {record.levelname} {record.name} [{' '.join(known)}] "
         lines = [head + _escaped(self._message(record))]
@@ -117,21 +119,21 @@ class _Plain(_Formatter):
 
 
 def _escaped(text: str) -> str:
-    return text if text.isprintable() else CONTROL.sub(lambda odd: odd[0].encode("unicode_escape").decode(), text)
+    return text if text.isprintable() else CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class _Json(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """A line with one JSON object in ASCII, without what is not known."""
-        about = _about.get()
+        """Formats a record as one line with a JSON object in ASCII, without fields whose value is unknown."""
+        ids = _ids.get()
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields = {
             "time": at.replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "message": self._message(record),
-            **about._asdict(),
-            "request_id": about.request_id and self._without_secrets(about.request_id),
+            **ids._asdict(),
+            "request_id": ids.request_id and self._without_secrets(ids.request_id),
             "duration_ms": getattr(record, "duration_ms", None),
             "exception": self._traceback(record) or None,
         }
@@ -139,17 +141,18 @@ class _Json(_Formatter):
 
 
 class _Lines(logging.Handler):
-    """Writes whole lines, or none. Where nobody reads, the service goes on and lines are lost."""
+    """Writes lines to a file descriptor. If a write fails, for example because a pipe is full, the service continues
+    and lines are lost. A line that was written in part is completed before the next one."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
-        self._rest = b""  # of the line that a full pipe took half of
+        self._rest = b""  # the part of the last line that is not written yet
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by `handle`, which holds the handler's lock."""
+        """Writes one record. `logging.Handler.handle` calls this while it holds the handler's lock."""
         line = self.format(record) + "\n"
-        with suppress(OSError):  # a full pipe, a reader that is gone, a full disk: there is nobody to tell
+        with suppress(OSError):  # a full pipe, a closed pipe, a full disk: there is no place left to log this error
             self._write_rest()
             self._rest = line.encode("utf-8", "backslashreplace")
             self._write_rest()
@@ -160,8 +163,9 @@ class _Lines(logging.Handler):
 
 
 def start_logging(level: str, form: Form, secrets: Iterable[str], fd: int = STDOUT) -> None:
-    """From now on every line of the process goes to `fd` in this form, ours from `level` on. `secrets` are
-    replaced wherever they turn up. Called again, it changes the form."""
+    """Sends all log lines of the process to the file descriptor `fd` in the format `form`. `level` applies to the
+    loggers of this service (`clawd.…`). Replaces `secrets` and access tokens in all lines. A further call replaces the
+    choices of the earlier one."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Lines)]:
         root.removeHandler(handler)
@@ -172,7 +176,8 @@ def start_logging(level: str, form: Form, secrets: Iterable[str], fd: int = STDO
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
-        logger.propagate = name != "uvicorn.access"  # it would tell each request a second time, signatures and all
+        # `web.RequestLog` logs each request; uvicorn's access log would repeat it, with the signatures of image URLs.
+        logger.propagate = name != "uvicorn.access"
     logging.captureWarnings(True)
 
 
@@ -180,9 +185,9 @@ def start_logging(level: str, form: Form, secrets: Iterable[str], fd: int = STDO
 
 
 class Figures(NamedTuple):
-    """What is looked up when the metrics are asked for."""
+    """Values that are read when the metrics are requested, in contrast to those that `Metrics` counts."""
 
-    turns: tuple[int, int] | None  # running and waiting; None where the database does not say
+    turns: tuple[int, int] | None  # running and waiting; None if the database cannot be read
     gateway_up: bool
     commits: int
     write_seconds: float
@@ -190,40 +195,42 @@ class Figures(NamedTuple):
 
 
 class _FiguresCollector(Collector):
-    """The metrics that are made of `figures`."""
+    """Builds the metrics whose values are in `figures`."""
 
     figures: Figures | None = None
 
     def collect(self) -> Iterator[Metric]:
-        """What the registry asks for."""
+        """Yields the metrics; the registry calls this for each scrape."""
         if self.figures is None:
             return
         turns, up, commits, seconds, build = self.figures
         if turns is not None:
-            yield GaugeMetricFamily("clawd_turns_running", "Replies on their way, in every process.", turns[0])
-            yield GaugeMetricFamily("clawd_turns_waiting", "Turns in line, in every process.", turns[1])
-        yield GaugeMetricFamily("clawd_gateway_up", "Whether the gateway could take a turn at the last look.", up)
-        yield CounterMetricFamily("clawd_database_commits", "Transactions that wrote, of this process.", commits)
+            yield GaugeMetricFamily("clawd_turns_running", "Running turns, in all processes.", turns[0])
+            yield GaugeMetricFamily("clawd_turns_waiting", "Queued turns, in all processes.", turns[1])
+        yield GaugeMetricFamily("clawd_gateway_up", "1 if the gateway could take a turn at the last check.", up)
+        yield CounterMetricFamily("clawd_database_commits", "Write transactions of this process.", commits)
         yield CounterMetricFamily(
-            "clawd_database_write_seconds", "Seconds that they took, waiting for other processes included.", seconds
+            "clawd_database_write_seconds",
+            "Seconds spent on write transactions, including the wait for other processes.",
+            seconds,
         )
-        info = GaugeMetricFamily("clawd_build_info", "The code that runs.", labels=list(build))
+        info = GaugeMetricFamily("clawd_build_info", "The code that is running.", labels=list(build))
         info.add_metric(list(build.values()), 1)
         yield info
 
 
 class Metrics:
-    """What one app counts, from its start on."""
+    """The metrics of one app, which count from its start."""
 
     def __init__(self, statuses: Sequence[str]) -> None:
-        """`statuses` are those with which a turn can end."""
+        """`statuses` are the final statuses of a turn; each is reported from the start, with 0."""
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._figures = _FiguresCollector()
         self._registry.register(self._figures)
         self._requests = Counter(
             "clawd_requests",
-            "Requests that ended; `unmatched` is what no route took, status 0 what got no answer.",
+            "Finished requests. Route `unmatched`: no route matches the path; status 0: no response was sent.",
             ["method", "route", "status"],
             registry=self._registry,
         )
@@ -232,15 +239,16 @@ class Metrics:
         )
         self._first_token = Histogram(
             "clawd_first_token_seconds",
-            "From a turn's start at the gateway to the first text of its reply.",
+            "Seconds from the request to the gateway to the first text of the reply.",
             registry=self._registry,
             buckets=FIRST_TOKEN_BUCKETS,
         )
         self._turns = {status: turns.labels(status) for status in statuses}
-        self._seen: dict[tuple[str, str, int], Counter] = {}  # to look a label up takes longer than to count
+        self._seen: dict[tuple[str, str, int], Counter] = {}  # spares each request `Counter.labels`, which is slow
 
     def count_request(self, method: str, route: str, status: int) -> None:
-        """A request ended. `route` is its template, so that the number of series does not grow with the paths."""
+        """Counts a finished request. `route` is the route's template, for example `/projects/{project_id}`; if it were
+        the path, a caller could create any number of series."""
         key = (method if method in METHODS else "other", route, status)
         counter = self._seen.get(key)
         if counter is None:
@@ -248,15 +256,15 @@ class Metrics:
         counter.inc()
 
     def count_turns(self, status: str, number: int = 1) -> None:
-        """So many turns ended with this status."""
+        """Counts `number` turns that ended with this status."""
         self._turns[status].inc(number)
 
     def time_first_token(self, seconds: float) -> None:
-        """The first text of a reply came after so long."""
+        """Records the seconds from the request to the gateway to the first text of the reply."""
         self._first_token.observe(seconds)
 
     def render(self, figures: Figures) -> bytes:
-        """All of it in Prometheus' text format, whose media type is `CONTENT_TYPE`."""
+        """Returns all metrics in Prometheus' text format, whose media type is `CONTENT_TYPE`."""
         self._figures.figures = figures
         return generate_latest(self._registry)
 
@@ -265,14 +273,15 @@ class Metrics:
 
 
 class Progress:
-    """Tells how much of long work is done, every few seconds; nothing of work that is quick."""
+    """Reports the progress of long work in percent, every PROGRESS_EVERY seconds. Shorter work reports nothing."""
 
-    def __init__(self, tell: Callable[[str], object], doing: str) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[str], object], doing: str) -> None:
+        """`report` logs or prints a line. `doing` begins the line, for example `copying`."""
+        self._report = report
         self._doing = doing
-        self._told = time.monotonic()
+        self._reported_at = time.monotonic()
 
     def __call__(self, done: float, total: float) -> None:
-        if time.monotonic() - self._told > TELL_EVERY and total:
-            self._told = time.monotonic()
-            self._tell(f"{self._doing}: {min(100 * done / total, 100):.0f} %")
+        if time.monotonic() - self._reported_at > PROGRESS_EVERY and total:
+            self._reported_at = time.monotonic()
+            self._report(f"{self._doing}: {min(100 * done / total, 100):.0f} %")

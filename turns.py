@@ -3,7 +3,7 @@
 A turn is a task of the process, not of a request, so it continues when its client disconnects. It reads the gateway's
 stream into a `LiveReply`, for the readers in this process, and stores the text in the reply's row, which is the source
 of truth: other processes follow the row. `Turns` also recovers the turns of dead workers and runs outbox jobs. A worker
-is dead if nothing holds the lock of its lease.
+is dead if no process holds the lock of its lease.
 """
 
 import asyncio
@@ -11,23 +11,19 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Concatenate, NamedTuple, ParamSpec
-from weakref import WeakValueDictionary
 
 import errors
-import gateway
 import image_handler
 import sql
 import telemetry
 from background import Tasks, completed, repeat
 from database import Database
 from outbox import Outbox
-from replies import LiveReply
-from settings import Settings
-from sql import Status
+from replies import LiveReply, Replies
+from runs import Outcome, Runs, failed, interrupted
 
 P = ParamSpec("P")
 
@@ -38,7 +34,18 @@ WATCH_EVERY = 0.1  # seconds between two checks for commits of other processes
 REAP_EVERY = 3.0  # seconds between two searches for turns of dead workers; docs/reliability.md promises 15 s
 STOP_WITHIN = 3.0  # seconds that a stop waits for a turn to end, in this process or another one
 LABEL_LENGTH = 60  # maximum characters of a session label that is taken from a message
-RETRY_AFTER = 0.3  # seconds before the only retry, which follows a failure to connect to the gateway
+END_WITHIN = 5.0  # seconds, after DRAIN_SECONDS, within which a process gives up what is left to do
+
+
+LAST_RESORT = sql.Ending(
+    *("failed", "", None, None),  # the text that is stored is kept
+    error={
+        "code": "internal_error",
+        "message": "An internal error ended this reply. Its cause is in the service's log.",
+        "retryable": False,
+    },
+    finish_reason=None,
+)
 
 
 class Said(NamedTuple):
@@ -58,59 +65,40 @@ class Said(NamedTuple):
         return words if len(words) <= LABEL_LENGTH else words[:LABEL_LENGTH].rsplit(" ", 1)[0] + "…"
 
 
-class Outcome(NamedTuple):
-    """How a turn ended."""
-
-    status: Status
-    usage: dict[str, int] | None = None
-    error: sql.Failure | None = None
-
-
-def _failed(error: errors.AppError) -> Outcome:
-    retryable = isinstance(error, errors.GatewayError) and error.retryable
-    status: Status = "interrupted" if isinstance(error, errors.Interrupted) else "failed"
-    return Outcome(status, error={"code": error.code, "message": error.message, "retryable": retryable})
-
-
-def _interrupted() -> Outcome:
-    return _failed(
-        errors.Interrupted(
-            "The service stopped before the reply was complete. The text that had arrived is kept. "
-            "Send the message again.",
-            retryable=True,
-        )
-    )
-
-
 @dataclass(slots=True)
 class _Running:
     """A turn that this process runs."""
 
     reply: LiveReply
     work: "asyncio.Task[Outcome]"  # the task that a stop cancels
-    stored: tuple[int, str | None]  # number of characters and run id that are in the row
+    stored: int  # number of characters that are stored
+    run_id: str | None = None  # the gateway's run id that is stored
     ending: Outcome | None = None  # the outcome to store if the task is cancelled
 
 
+class _RemovedError(Exception):
+    """A request that was refused has just removed the file of an image that this one also has."""
+
+
 class Turns:
-    """The turns of one process. Its database coordinates them with those of other processes."""
+    """The turns that one process runs. The database coordinates them with the turns of other processes."""
 
     def __init__(
         self,
         db: Database,
-        openclaw: gateway.Gateway,
+        runs: Runs,
         images: image_handler.ImageStore,
-        settings: Settings,
         outbox: Outbox,
         metrics: telemetry.Metrics,
+        drain_seconds: float,
     ) -> None:
         self._db = db
-        self._gateway = openclaw
+        self._runs = runs
         self._images = images
         self._outbox = outbox
         self._metrics = metrics
-        self._drain_seconds = settings.drain_seconds
-        self._replies: WeakValueDictionary[int, LiveReply] = WeakValueDictionary()
+        self._drain_seconds = drain_seconds
+        self.replies = Replies(db)
         self._running: dict[int, _Running] = {}
         self._tasks = Tasks()
         self._seen_version = -1  # of the database, at the last `_watch`
@@ -126,9 +114,9 @@ class Turns:
     def open(self) -> None:
         """Starts the periodic tasks: store texts, watch other processes, reap dead workers."""
         self._periodic = [
-            asyncio.create_task(repeat(STORE_EVERY, self._store_texts, log)),
-            asyncio.create_task(repeat(WATCH_EVERY, self._watch, log)),
-            asyncio.create_task(repeat(REAP_EVERY, self._reap, log)),
+            asyncio.create_task(repeat(STORE_EVERY, self._store_texts, log, "store the texts of running replies")),
+            asyncio.create_task(repeat(WATCH_EVERY, self._watch, log, "follow the commits of other processes")),
+            asyncio.create_task(repeat(REAP_EVERY, self._reap, log, "look for work of dead workers")),
         ]
 
     @property
@@ -145,17 +133,21 @@ class Turns:
             log.error("could not release this worker's queued turns; other workers claim them when it has ended")
 
     async def end(self) -> None:
-        """Lets running turns finish. After `DRAIN_SECONDS` they end as `interrupted` and keep the text so far."""
+        """Lets running turns finish. After `DRAIN_SECONDS` they end as `interrupted` and keep the text so far.
+
+        Returns END_WITHIN seconds after that at the latest. What is not done by then is left to other workers.
+        """
+        deadline = time.monotonic() + self._drain_seconds + END_WITHIN
         await self.retire()
         if self._running:
             log.info("waiting up to %g s for %d running turns to finish", self._drain_seconds, len(self._running))
             await asyncio.wait([running.work for running in self._running.values()], timeout=self._drain_seconds)
-        while self._tasks:
+        while self._tasks and time.monotonic() < deadline:
             # Requests may have begun more turns during the wait, so each round cancels all that are running then.
             for reply_id in list(self._running):
-                self._cancel(reply_id, _interrupted())
+                self._cancel(reply_id, interrupted())
             await self._tasks.wait(seconds=0.1)
-        await self._outbox.close()
+        await self._outbox.close(max(deadline - time.monotonic(), 0))
 
     async def close(self) -> None:
         """Ends the turns as `end` does, then the periodic tasks."""
@@ -176,42 +168,44 @@ class Turns:
         return await completed(self._begin(user_id, session_key, said, key))
 
     async def _begin(self, user_id: int, session_key: str, said: Said, key: str | None) -> tuple[LiveReply, bool]:
-        staged = await asyncio.to_thread(self._images.stage, said.images) if said.images else []
-
         turn = sql.NewTurn(user_id, session_key, said.text, said.label(), said.digest(), key, self.owner)
-
-        def store(conn: Connection) -> sql.Begun:
-            begun = sql.begin_turn(conn, turn)
-            if staged and not begun.existing:
-                sql.insert_images(conn, begun.message_id, self._images.publish(session_key, staged))
-            return begun
-
-        try:
-            begun = await self._db.write(store)
-        finally:
-            for image in staged:
-                image.discard()
-        reply = self.reply(begun.reply_id)
-        if reply is None:
-            raise errors.NotFound("The session was deleted while the message was sent.", code="session_not_found")
+        if said.images:
+            begun = await self._begin_with_images(turn, said.images)
+        else:
+            begun = await self._db.write(sql.begin_turn, turn)
+        if begun.existing:
+            reply = await self.replies.get(begun.reply_id)
+            if reply is None:
+                raise errors.NotFound("The session was deleted while the message was sent.", code="session_not_found")
+        else:
+            reply = self.replies.add(LiveReply(begun.reply(self.owner)))
         if reply.status == "streaming" and not begun.existing:
-            self._start(reply, self._ask, asked_here=True)
+            self._start(reply, self._runs.ask, asked_here=True)
         elif self.draining:
-            # This worker claims nothing any more: without the release, the turn would be queued until it ends.
+            # This worker claims no more turns: without the release, the turn would stay queued until the process ends.
             await self._db.write(sql.release_waiting, self.owner)
         return reply, begun.existing
 
-    def reply(self, reply_id: int) -> LiveReply | None:
-        """Returns a reply, live while it runs in this process or another one; None if it does not exist."""
-        reply = self._replies.get(reply_id)
-        if reply is None:
-            row = self._db.read(sql.select_reply, reply_id)
-            if row is None:
-                return None
-            reply = LiveReply(row)
-            if not reply.is_final:
-                self._replies[reply_id] = reply
-        return reply
+    async def _begin_with_images(self, turn: sql.NewTurn, images: Sequence[image_handler.Image]) -> sql.Begun:
+        """Publishes the images before their rows are stored, and removes them if the turn is refused."""
+        files = await asyncio.to_thread(self._images.save, turn.session_key, images)
+
+        def store(conn: Connection) -> sql.Begun:
+            begun = sql.begin_turn(conn, turn)
+            if not begun.existing:
+                if not self._images.exist(files):
+                    raise _RemovedError
+                sql.insert_images(conn, begun.message_id, files)
+            return begun
+
+        try:
+            return await self._db.write(store)
+        except _RemovedError:
+            return await self._begin_with_images(turn, images)
+        except errors.AppError:
+            # Another message of the session may have the same image, so only files without a row are removed.
+            await self._db.write(lambda conn: self._images.remove(sql.without_row(conn, files)))
+            raise
 
     # --- running ---
 
@@ -226,7 +220,7 @@ class Turns:
             reply.status = "streaming"
             context = telemetry.turn_context(reply.session_id, reply.id, asked_here=asked_here)
             task = asyncio.create_task(work(reply), context=context)
-            running = _Running(reply, task, (reply.length, None))
+            running = _Running(reply, task, reply.length)
             self._running[reply.id] = running
             self._tasks.spawn(self._supervise(running), context)
 
@@ -258,131 +252,100 @@ class Turns:
         try:
             return await running.work
         except errors.AppError as error:
-            return _failed(error)
+            return failed(error)
         except asyncio.CancelledError:
-            return running.ending or _interrupted()
+            return running.ending or interrupted()
         except Exception:
             log.exception("unexpected error in the turn of reply %d, ending it as failed", running.reply.id)
-            return _failed(errors.AppError("An internal error ended this reply. Its cause is in the service's log."))
+            return Outcome("failed", error=LAST_RESORT.error)
 
     async def _finish(self, reply: LiveReply, outcome: Outcome) -> None:
-        ending = sql.Ending(outcome.status, reply.text(), reply.run_id, outcome.usage, outcome.error)
-        stored = False
-        while not stored:
+        """Stores how a turn ended, however often it takes. A worker that ends leaves that to another one."""
+        status, usage, error, reason = outcome
+        ending = sql.Ending(status, reply.text(), reply.run_id, usage, error, reason)
+        while True:
             try:
-                await self._db.write(sql.finish_turn, reply.id, self.owner, ending)
-                stored = True
+                ours = await self._db.write(sql.finish_turn, reply.id, self.owner, ending)
+                break
             except errors.Unavailable:
                 if self.draining:
                     log.error("could not store the end of reply %d, leaving it to another worker", reply.id)
                     return
                 log.error("could not store the end of reply %d, retrying in 1 s", reply.id)
                 await asyncio.sleep(1)
-        reply.follow(self._db.read(sql.select_reply, reply.id))
-
-    async def _ask(self, reply: LiveReply) -> Outcome:
-        turn = self._db.read(sql.select_turn, reply.id)
-        if turn is None:
-            return Outcome("stopped")  # its session was deleted
-        telemetry.note(user_id=turn.user_id)
-        files = self._db.read(sql.select_image_files, turn.message_id)
-        request = gateway.build_request(
-            agent_id=turn.agent_id,
-            session_key=turn.session_key,
-            project=(turn.project_name, turn.project_description, turn.project_path),
-            text=turn.text,
-            images=await asyncio.to_thread(self._image_parts, files) if files else [],
-        )
-        try:
-            return await self._read(request, reply)
-        except errors.GatewayUnavailable:
-            # No connection was made, so the agent has not received the message and a retry cannot make it act twice.
-            await asyncio.sleep(RETRY_AFTER)
-        return await self._read(request, reply)
-
-    def _image_parts(self, files: Sequence[str]) -> list[dict[str, object]]:
-        return [image_handler.content_part(self._images.load(file)) for file in files]
-
-    async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
-        usage, asked = None, time.monotonic()
-        async with aclosing(self._gateway.stream(request)) as chunks:
-            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage is read below
-                reply.run_id = run_id
-                if text and not reply.length:
-                    reply.first_after = time.monotonic() - asked
-                    self._metrics.time_first_token(reply.first_after)
-                reply.append(text)
-        return Outcome("complete" if reply.length else "empty", usage)
-
-    async def _recover(self, reply: LiveReply) -> Outcome:
-        """Completes a dead worker's reply from the gateway's history, or else ends it as interrupted."""
-        turn = self._db.read(sql.select_turn, reply.id)
-        if turn is None:
-            return Outcome("stopped")
-        telemetry.note(user_id=turn.user_id)
-        known = self._db.read(sql.select_known_runs, turn.session_id)
-        try:
-            found = await self._gateway.finished_reply(
-                turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
-            )
-        except errors.GatewayError as error:
-            log.warning("could not recover reply %d, ending it as interrupted: %s", reply.id, error.message)
-            found = None
-        if found is None:
-            return _interrupted()
-        reply.run_id = found.run_id
-        reply.append(found.text[reply.length :])
-        return Outcome("complete", found.usage)
+            except Exception:
+                if ending == LAST_RESORT:
+                    raise
+                # One value that cannot be stored must not leave the row `streaming` for ever.
+                log.exception("cannot store the end of reply %d as it is, ending it as failed", reply.id)
+                ending = LAST_RESORT
+        if ours:
+            reply.end(ending)
+        else:  # it was deleted, or another worker has ended it
+            await self.replies.follow(reply)
 
     # --- periodic work ---
 
     async def _store_texts(self) -> None:
         behind = [
-            (running, (running.reply.length, running.reply.run_id))
+            running
             for running in self._running.values()
-            if running.stored != (running.reply.length, running.reply.run_id)
+            if (running.stored, running.run_id) != (running.reply.length, running.reply.run_id)
         ]
-        if not behind:
-            return
-        rows = [(running.reply.id, running.reply.text(), running.reply.run_id) for running, _ in behind]
-        lost = await self._db.write(sql.update_replies, self.owner, rows)
-        for running, reached in behind:
-            running.stored = reached
-        for reply_id in lost:
-            self._cancel(reply_id, Outcome("stopped"))  # its row was deleted, or is not this worker's any more
+        # One reply that cannot be stored must not keep the others from it. The writer commits them together.
+        results = await asyncio.gather(*map(self._store_text, behind), return_exceptions=True)
+        for failure in results:
+            if failure is not None:
+                raise failure
+
+    async def _store_text(self, running: _Running) -> None:
+        reply, run_id = running.reply, running.reply.run_id
+        new = reply.text(running.stored)
+        stored = await self._db.write(sql.append_text, self.owner, reply.id, running.stored, new, run_id)
+        if stored is None:
+            self._cancel(reply.id, Outcome("stopped"))  # its row was deleted, or is not this worker's any more
+        else:
+            running.stored, running.run_id = stored, run_id
 
     async def _watch(self) -> None:
         version = self._db.version()
         if version == self._seen_version:
             return
-        self._seen_version = version
-        for reply in list(self._replies.values()):
-            if reply.id not in self._running and not reply.is_final:
-                reply.follow(self._db.read(sql.select_reply, reply.id))
+        await self.replies.follow_all(but=self._running)
         owned = self._db.read(sql.select_running, self.owner)
         for reply_id in list(self._running):
-            if owned.get(reply_id, True):  # a stop was requested, or the row was deleted
+            if reply_id not in owned or owned[reply_id].stop_requested:  # deleted, taken over, or to be stopped
                 self._cancel(reply_id, Outcome("stopped"))
         await self._claim()
+        self._seen_version = version  # only now: what failed on the way is done again
 
     async def _claim(self) -> None:
-        if self.draining or not self._db.read(sql.select_claimable, self.owner):
-            return
-        for reply_id in await self._db.write(sql.claim_turns, self.owner):
-            reply = self.reply(reply_id)
-            if reply is not None:
-                self._start(reply, self._ask)
+        """Claims queued turns that may run, and starts what this worker owns."""
+        if not self.draining and self._db.read(sql.select_claimable, self.owner):
+            await self._db.write(sql.claim_turns, self.owner)
+            await self._start_owned()
+
+    async def _start_owned(self) -> None:
+        """Starts the running turns that this worker owns and does not work on, whatever came between."""
+        for reply_id, owned in self._db.read(sql.select_running, self.owner).items():
+            if reply_id in self._running:
+                continue
+            try:
+                reply = await self.replies.get(reply_id)
+                if reply is not None:
+                    await self.replies.follow(reply)  # a copy that was read before its owner died may lack text
+                    self._start(reply, self._runs.recover if owned.inherited else self._runs.ask)
+            except Exception:
+                log.exception("could not start the turn of reply %d, retrying in %g s", reply_id, REAP_EVERY)
 
     async def _reap(self) -> None:
         if self.draining:
             return
         for owner in self._db.read(sql.select_owners):
             if not self._db.lease.alive(owner):
-                for reply_id in await self._db.write(sql.inherit, owner, self.owner):
-                    reply = self.reply(reply_id)
-                    if reply is not None:
-                        self._start(reply, self._recover)
+                await self._db.write(sql.inherit, owner, self.owner)
         await self._claim()
+        await self._start_owned()
         await self._outbox.run_due_jobs()
 
     # --- stopping and deleting ---
@@ -400,6 +363,9 @@ class Turns:
         # Another process may run a turn, and only the reply's row shows its end: there is no event to wait for.
         while any(map(self._is_running, halted.running)) and time.monotonic() < until:  # noqa: ASYNC110 - polls rows
             await asyncio.sleep(0.02)
+        if left := list(filter(self._is_running, halted.running)):
+            log.warning("replies %s did not stop within %g s, ending them without their worker", left, STOP_WITHIN)
+            await self._db.write(sql.stop_turns, self.owner, left)
         return bool(halted.running or halted.dropped)
 
     def _is_running(self, reply_id: int) -> bool:

@@ -1,4 +1,4 @@
-"""HTTP of no feature: what requests have in common, the one map from error to status, middleware, OpenAPI."""
+"""HTTP without features: what all routes share, the map from errors to statuses, middleware, the OpenAPI document."""
 
 import asyncio
 import logging
@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi import Path as PathParam
@@ -32,11 +32,11 @@ from outbox import Outbox
 from settings import Settings
 from turns import Turns
 
-MAX_BODY = 32 * 1024 * 1024  # bytes: 20 MB of images, as base64, and the words beside them
+MAX_MISTAKES = 20  # that a 422 lists
 
 log = logging.getLogger("clawd.app")
 
-# The one map from error to status: the nearest class counts.
+# HTTP status of each error class. An error of a class that is not listed has the status of its nearest base class.
 STATUSES: dict[type[errors.AppError], int] = {
     errors.Invalid: 400,
     errors.Unauthorized: 401,
@@ -54,57 +54,65 @@ STATUSES: dict[type[errors.AppError], int] = {
     errors.Interrupted: 503,
     errors.AppError: 500,
 }
-# What Starlette itself raises, in our words.
+# Code and `detail` of the errors that Starlette itself raises, by status.
 HTTP_ERRORS = {
-    404: ("not_found", "There is nothing at this address."),
-    405: ("method_not_allowed", "This address does not take this method."),
-    413: ("request_too_large", "The request is too large: 32 MB at most."),
-    400: ("invalid_request", "The request cannot be read: send a JSON body."),
+    404: ("not_found", "There is no route at this address. See /docs for the routes."),
+    405: ("method_not_allowed", "This address does not support this HTTP method. See /docs for the methods."),
+    408: ("request_timeout", "No part of the request body arrived for 10 s. Send the request again."),
+    413: (
+        "request_too_large",
+        "The request body is too large. Send at most 32 MB in a chat, 11 MB in a file, 1 MB elsewhere, and at most "
+        "100,000 values.",
+    ),
+    415: ("unsupported_media_type", "Send the body as JSON, with the header `Content-Type: application/json`."),
+    400: ("invalid_request", "The request body cannot be parsed. Send valid JSON in UTF-8."),
 }
 
 
-# --- what routes have in common ---------------------------------------------------------------------
+# --- what all routes share --------------------------------------------------------------------------
 
 
 Id = Annotated[int, PathParam(ge=1, le=sql.MAX_ID)]
 
 
 class Body(BaseModel):
-    """A request's JSON object. Text with half a character in it (a lone surrogate) is refused, wherever it is:
-    neither SQLite nor a file nor the gateway takes it."""
+    """Base class of the JSON objects in request bodies. Refuses a body in which any string, at any depth, contains a
+    lone surrogate, because such text cannot be encoded as UTF-8 for SQLite, a file or the gateway."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_half_characters(cls, data: object) -> object:
-        waiting = [data]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, dict):
-                waiting += [*value.keys(), *value.values()]
+    @model_validator(mode="after")
+    def _refuse_surrogates(self) -> Self:
+        """Looks at the values that are used, not at all that was sent."""
+        unchecked: list[object] = [self]
+        while unchecked:
+            value = unchecked.pop()
+            if isinstance(value, BaseModel):
+                unchecked += value.__dict__.values()
+            elif isinstance(value, dict):
+                unchecked += [*value.keys(), *value.values()]
             elif isinstance(value, list):
-                waiting += value
+                unchecked += value
             elif isinstance(value, str):
                 _check_unicode(value)
-        return data
+        return self
 
 
 def _check_unicode(text: str) -> None:
     try:
-        if not text.isascii():  # pictures are, and long
+        if not text.isascii():  # spares megabytes of base64 an encoded copy
             text.encode()
     except UnicodeEncodeError:
-        raise ValueError("there is text in it that is no valid Unicode") from None
+        raise ValueError("text must be valid Unicode, without lone surrogates") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The opened parts of one running service."""
+    """The opened objects of one running app that routes use."""
 
     settings: Settings
     db: Database
     openclaw: gateway.Gateway
     images: image_handler.ImageStore
-    decoding: asyncio.Semaphore  # pictures of so many messages at once: one can take a gigabyte
+    decoding: asyncio.Semaphore  # limits concurrent decoding, because the images of one message can need 1 GB of memory
     turns: Turns
     outbox: Outbox
 
@@ -120,23 +128,25 @@ OpenParts = Annotated[Parts, Depends(_parts)]
 
 
 class ErrorOut(BaseModel):
-    """Every error but 422 of a malformed request, whose `detail` is a list."""
+    """The body of every error response except 422 `invalid_request`, whose `detail` is a list."""
 
-    detail: str = Field(description="A sentence to act on.")
-    code: str = Field(description="Stable.")
-    message_id: int | None = Field(None, description="Of a reply that failed: its text so far is stored there.")
+    detail: str = Field(description="What happened and what the caller can do, in English.")
+    code: str = Field(description="Machine-readable code; does not change between releases.")
+    message_id: int | None = Field(
+        None, description="Only for a reply that failed: id of its message, which keeps the text received so far."
+    )
 
 
 class Mistake(BaseModel):
-    """What is wrong with one value of a request."""
+    """One invalid value of a request."""
 
-    type: str
-    loc: list[str | int]
-    msg: str
+    type: str = Field(description="Pydantic's error type, for example `missing` or `string_too_long`.")
+    loc: list[str | int] = Field(description="Path to the value, for example `body`, `email`.")
+    msg: str = Field(description="What is wrong with the value, in English.")
 
 
 class InvalidOut(BaseModel):
-    """The error of a malformed request."""
+    """The body of a 422 response to a request that does not match the schema of its route."""
 
     detail: list[Mistake]
     code: Literal["invalid_request"]
@@ -146,7 +156,8 @@ def _status(kind: type[errors.AppError]) -> int:
     return next(STATUSES[base] for base in kind.__mro__ if base in STATUSES)
 
 
-def _error_response(error: errors.AppError) -> JSONResponse:
+def error_response(error: errors.AppError) -> JSONResponse:
+    """Returns the response for an error of ours."""
     status = _status(type(error))
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if status in (429, 503) or error.retry_after is not None:
@@ -159,24 +170,26 @@ def _error_response(error: errors.AppError) -> JSONResponse:
 
 
 async def _answer_app_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, errors.AppError)  # noqa: S101 - registered for this class alone
-    return _error_response(error)
+    assert isinstance(error, errors.AppError)  # noqa: S101 - narrows the type; registered for this class only
+    return error_response(error)
 
 
 async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
-    return _http_error_response(error.status_code, error.headers)
+    assert isinstance(error, HTTPException)  # noqa: S101 - narrows the type; registered for this class only
+    return http_error_response(error.status_code, error.headers)
 
 
-def _http_error_response(status: int, headers: Mapping[str, str] | None) -> JSONResponse:
-    code, detail = HTTP_ERRORS.get(status, ("http_error", "The request cannot be answered."))
+def http_error_response(status: int, headers: Mapping[str, str] | None) -> JSONResponse:
+    """Returns the response for a status that HTTP itself calls for."""
+    code, detail = HTTP_ERRORS.get(status, ("http_error", f"The request failed with HTTP status {status}."))
     return JSONResponse({"detail": detail, "code": code}, status, headers)
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class alone
-    # What was sent is not sent back: it may be a password, or text that is no valid Unicode.
-    detail = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()]
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - narrows the type; registered for this class only
+    # `input` and `ctx` are left out: they repeat what was sent, which may be a password, or text with a lone surrogate
+    # that cannot be encoded in the response.
+    detail = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()[:MAX_MISTAKES]]
     return JSONResponse({"detail": detail, "code": "invalid_request"}, 422)
 
 
@@ -187,41 +200,50 @@ EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Corouti
 }
 
 
-# --- what goes around every request -----------------------------------------------------------------
+# --- middleware -------------------------------------------------------------------------------------
+
+
+class RefusedError(Exception):
+    """A request that is answered with a status of HTTP_ERRORS, before it reaches a route."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class StartFailedError(Exception):
-    """The service cannot start as it is set up."""
+    """The service cannot start, because a setting cannot be used. The message names the setting and the cause."""
 
 
 def middleware(origins: Sequence[str], metrics: telemetry.Metrics) -> list[Middleware]:
-    """What goes around every request, from the outside in; `origins` are those that browsers may ask from."""
+    """Returns the middleware of the app, outermost first. `origins` are the origins that CORS allows, or `*`."""
     return [
         Middleware(RequestLog, metrics),
         Middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["*"],  # which costs nothing without cookies
+            allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["*"],  # safe, because the service authenticates by a header and never by cookies
             expose_headers=["X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"],
             max_age=86_400,
         ),
         Middleware(CatchAll),
-        Middleware(BodyLimit),
     ]
 
 
 class RequestLog:
-    """Gives every request an id, which its response and its log lines carry; logs and counts how it went."""
+    """Gives each request an id, which its response and its log lines carry; logs each request with its status and
+    duration, and counts it in the metrics. Keeps the caller's `X-Request-ID` if it has 1 to 128 printable ASCII
+    characters without spaces; otherwise generates one."""
 
     def __init__(self, app: ASGIApp, metrics: telemetry.Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI connection."""
         if scope["type"] != "http":
-            await self._app(scope, receive, _short_of_traceback(send))
+            await self._app(scope, receive, _without_traceback(send))
             return
         sent = Headers(scope=scope).get("x-request-id", "")
         name = sent if re.fullmatch(r"[\x21-\x7e]{1,128}", sent) else uuid.uuid4().hex
@@ -244,7 +266,8 @@ class RequestLog:
 
 def _log_request(scope: Scope, status: int, took: float) -> None:
     quiet = scope["path"].startswith("/health") or (scope["path"] == "/metrics" and status == 200)
-    path = scope["raw_path"].decode("ascii", "replace")  # as it was sent: no line break gets into the log
+    # The path as it was sent, still percent-encoded: a decoded line break could forge a log line.
+    path = scope["raw_path"].decode("ascii", "replace")
     log.log(
         logging.DEBUG if quiet else logging.INFO,
         "%s %s %d %.1f ms",
@@ -253,8 +276,9 @@ def _log_request(scope: Scope, status: int, took: float) -> None:
     )
 
 
-def _short_of_traceback(send: Send) -> Send:
-    """A start that failed for a reason that we know says it in one line."""
+def _without_traceback(send: Send) -> Send:
+    """Wraps `send` so that uvicorn logs a StartFailedError as one line. Starlette reports a failed start with its whole
+    traceback, which would hide the cause from the operator."""
 
     async def send_short(message: Message) -> None:
         if message["type"] == "lifespan.startup.failed":
@@ -266,13 +290,14 @@ def _short_of_traceback(send: Send) -> Send:
 
 
 class CatchAll:
-    """Answers what nobody caught, inside of CORS, so that a browser can read that too."""
+    """Logs an unexpected exception and answers 500. It runs inside the CORS middleware: without CORS headers, a browser
+    would hide the answer from the frontend."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI connection."""
         started = False
 
         async def send_and_note(message: Message) -> None:
@@ -285,44 +310,23 @@ class CatchAll:
         except Exception:
             if scope["type"] != "http" or started:
                 raise
-            log.exception("unexpected error in %s %r", scope["method"], scope["path"])
-            failed = errors.AppError("Something went wrong here. Tell the operator this response's X-Request-ID.")
-            await _error_response(failed)(scope, receive, send)
-
-
-class BodyLimit:
-    """Refuses a body that is too large, by what its header says or else once that much of it has come."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        received = 0
-
-        async def receive_and_count() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY:
-                raise HTTPException(413)
-            return message
-
-        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if declared.isdecimal() and int(declared[:18]) > MAX_BODY:
-            await _http_error_response(413, None)(scope, receive, send)
-        else:
-            await self._app(scope, receive_and_count, send)
+            log.exception("unexpected error in %s %r, answering 500", scope["method"], scope["path"])
+            failed = errors.AppError(
+                "An unexpected error occurred on the server. Give the operator the X-Request-ID of this response."
+            )
+            await error_response(failed)(scope, receive, send)
 
 
 # --- OpenAPI ----------------------------------------------------------------------------------------
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, each route with the errors that it names and those that any route can meet."""
+    """Returns the OpenAPI document. Adds to each operation its error responses: those that the route declares with
+    `errors.raises`, and those that every route can return."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         models = [(model, "serialization") for model in (ErrorOut, InvalidOut, Mistake)]
+        # type: mypy takes the literal "serialization" in the list for a plain `str`.
         _, described = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         schema["components"]["schemas"] |= described["$defs"]
         for path in schema["paths"].values():

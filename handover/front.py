@@ -80,7 +80,8 @@ class Front:
         self._is_ready = False
 
     def run(self) -> int:
-        """Runs until PM2 stops the front, or no worker could be started. Returns the exit status."""
+        """Runs until PM2 stops the front, another front takes over, or the first worker fails to start. Returns the
+        exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _request_stop)
         try:

@@ -21,7 +21,7 @@ A front sends:
 | message | effect |
 |---|---|
 | `order: retire` | The worker becomes `retiring`. |
-| `order: keep`, `failure` | Newer code did not start; `/health` shows the failure as `failed_start`. |
+| `order: keep`, `failure` | Newer code did not start: the worker continues, and `/health` shows `failed_start`. |
 | `order: wait` | PM2 ended this front: the worker stops unless another front connects in SUCCESSOR_TIMEOUT s. |
 
 A front that sees the end of the connection records the worker as `gone`: its process has ended. A worker that sees it

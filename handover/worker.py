@@ -124,9 +124,7 @@ class Worker:
             if message["type"] == "lifespan.startup.complete":
                 self.on_complete()
             if message["type"] == "lifespan.startup.failed":
-                self.failure = (message.get("message", "").strip().splitlines() or ["the lifespan of the app failed"])[
-                    -1
-                ]
+                self.failure = (message.get("message", "").strip().splitlines() or ["the app's lifespan failed"])[-1]
             await send(message)
 
         return observe

@@ -13,6 +13,7 @@ from .messages import (
     select_images,
     select_messages,
     select_owned_message,
+    without_row,
 )
 from .outbox import (
     OutboxJob,
@@ -21,6 +22,7 @@ from .outbox import (
     has_due_outbox_jobs,
     insert_outbox_job,
     postpone_outbox_job,
+    select_outbox_jobs,
 )
 from .projects import (
     Project,
@@ -31,6 +33,7 @@ from .projects import (
     update_project,
     update_project_path,
 )
+from .replies import Reply, append_text, read_text, select_pieces, select_reply, text_size
 from .schema import MAX_ID, MIGRATIONS, REFERRING, Findings, check, examine, migrate, rewrite_version, schema_version
 from .sessions import (
     Session,
@@ -46,7 +49,7 @@ from .turns import (
     Ending,
     Halted,
     NewTurn,
-    Reply,
+    Owned,
     Turn,
     begin_turn,
     claim_turns,
@@ -58,10 +61,9 @@ from .turns import (
     select_claimable,
     select_known_runs,
     select_owners,
-    select_reply,
     select_running,
     select_turn,
-    update_replies,
+    stop_turns,
 )
 from .users import (
     User,
@@ -92,12 +94,14 @@ __all__ = [
     "Message",
     "NewTurn",
     "OutboxJob",
+    "Owned",
     "Project",
     "Reply",
     "Session",
     "Status",
     "Turn",
     "User",
+    "append_text",
     "begin_turn",
     "check",
     "check_chat_session",
@@ -122,6 +126,7 @@ __all__ = [
     "insert_user",
     "migrate",
     "postpone_outbox_job",
+    "read_text",
     "release_waiting",
     "request_stop",
     "rewrite_version",
@@ -133,8 +138,10 @@ __all__ = [
     "select_images",
     "select_known_runs",
     "select_messages",
+    "select_outbox_jobs",
     "select_owned_message",
     "select_owners",
+    "select_pieces",
     "select_project",
     "select_project_paths",
     "select_projects",
@@ -146,10 +153,12 @@ __all__ = [
     "select_unclaimed",
     "select_user_by_email",
     "select_user_by_token",
+    "stop_turns",
+    "text_size",
     "update_password",
     "update_password_hash",
     "update_project",
     "update_project_path",
-    "update_replies",
     "update_session",
+    "without_row",
 ]

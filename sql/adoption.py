@@ -61,7 +61,7 @@ def _time(column: str) -> str:
     """Returns SQL that converts a legacy time to ISO 8601 in UTC, or to NULL if it is not a time.
 
     A legacy time is text, in UTC or with an offset, or a number of Unix seconds or milliseconds. The pattern excludes
-    text such as `now` and `12:30`, which SQLite would also accept and replace by a time that nobody stored.
+    text such as `now` and `12:30`, which SQLite also accepts although it names no fixed instant.
     """
     seconds = f"CASE WHEN {column} BETWEEN -100000000000 AND 100000000000 THEN {column} ELSE {column} / 1000.0 END"
     form = "'%Y-%m-%dT%H:%M:%fZ'"
@@ -210,7 +210,7 @@ def _is_text(column: str) -> bool:
 
 
 def _complete_table(conn: Connection, table: str, columns: dict[str, str], existing: set[str]) -> None:
-    """Adds missing columns to a legacy table, and replaces NULL and undecodable text that the new table refuses.
+    """Adds missing columns to a legacy table, and replaces NULL and undecodable text, which the new table refuses.
 
     Saves undecodable text, unreadable times and the values of unknown columns in `legacy_values`. Drops the triggers
     of the table, which could otherwise fail or change rows during the migration.
@@ -259,9 +259,9 @@ def _save_values(conn: Connection, table: str, column: str, condition: str) -> N
 
 
 def _decode_texts(conn: Connection, table: str, columns: Sequence[str], after: int, until: int) -> None:
-    """Replaces values that Python cannot read as text, bytes and invalid UTF-8, by text. Saves the originals.
+    """Converts bytes and invalid UTF-8, which Python cannot read as text, to text. Saves the originals.
 
-    Treats the rows with `after` < id <= `until`.
+    Converts the rows with `after` < id <= `until`.
     """
     conn.text_factory = bytes
     wrong: list[tuple[int, str, bytes]] = []

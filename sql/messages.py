@@ -28,10 +28,14 @@ class Message(NamedTuple):
     status: Status
     error: Failure | None
     usage: dict[str, int] | None
+    finish_reason: str | None
     created_at: str
 
 
-_MESSAGE = "m.id, m.role, m.content, m.status, m.error, m.usage, m.created_at"
+# The text of a running reply is not in `content` alone, see `replies`.
+_MESSAGE = """m.id, m.role, CASE m.status WHEN 'streaming' THEN m.content || coalesce((SELECT group_concat(text, '')
+    FROM (SELECT text FROM reply_pieces WHERE reply_id = m.id ORDER BY until)), '') ELSE m.content END,
+    m.status, m.error, m.usage, m.finish_reason, m.created_at"""
 
 
 def decoded(column: str | None) -> Any:
@@ -40,8 +44,8 @@ def decoded(column: str | None) -> Any:
 
 
 def _message(row: Sequence[Any]) -> Message:
-    message_id, role, content, status, error, usage, created_at = row
-    return Message(message_id, role, content, status, decoded(error), decoded(usage), created_at)
+    message_id, role, content, status, error, usage, finish_reason, created_at = row
+    return Message(message_id, role, content, status, decoded(error), decoded(usage), finish_reason, created_at)
 
 
 def select_messages(
@@ -91,6 +95,12 @@ def select_image_file(conn: Connection, image_id: int) -> str:
     if row is None:
         raise errors.NotFound("There is no such image.", code="image_not_found")
     return str(row[0])
+
+
+def without_row(conn: Connection, files: Iterable[str]) -> list[str]:
+    """Returns those of the files that no message has as its image."""
+    query = "SELECT 1 FROM message_images WHERE file = ? LIMIT 1"
+    return [file for file in files if conn.execute(query, (file,)).fetchone() is None]
 
 
 def insert_images(conn: Connection, message_id: int, files: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """The table `outbox`: jobs for the work outside the database that a delete requires.
 
-A job whose `owner` is NULL is unowned: any worker may claim it once `due_at` has passed.
+Creating a project folder stores a job too, which removes the folder if no row of the project follows. A job whose
+`owner` is NULL is unowned: any worker may claim it once `due_at` has passed.
 """
 
 import time
@@ -31,21 +32,26 @@ def insert_outbox_job(conn: Connection, kind: str, target: str, owner: str) -> O
     return OutboxJob(*row)
 
 
-def claim_outbox_jobs(conn: Connection, owner: str, at: float) -> list[OutboxJob]:
-    """Claims all unowned jobs that are due at the time `at` (Unix seconds), and returns them."""
-    rows = conn.execute(
-        "UPDATE outbox SET owner = ?, attempts = attempts + 1 WHERE owner IS NULL AND due_at <= ? "
-        "RETURNING id, kind, target, attempts",
-        (owner, at),
-    ).fetchall()
-    return sorted(OutboxJob(*row) for row in rows)
+# A time further ahead than any delay was stored before the clock was set back: such a job is due.
+_DUE = "owner IS NULL AND due_at NOT BETWEEN :at AND :at + :longest"
 
 
-def has_due_outbox_jobs(conn: Connection, at: float) -> bool:
-    """Returns True if an unowned job is due at the time `at` (Unix seconds)."""
-    return bool(
-        conn.execute("SELECT EXISTS (SELECT 1 FROM outbox WHERE owner IS NULL AND due_at <= ?)", (at,)).fetchone()[0]
-    )
+def claim_outbox_jobs(conn: Connection, owner: str, at: float, longest: float) -> None:
+    """Claims all unowned jobs that are due at the time `at` (Unix seconds). `longest` is the longest delay in s."""
+    values = {"owner": owner, "at": at, "longest": longest}
+    conn.execute(f"UPDATE outbox SET owner = :owner, attempts = attempts + 1 WHERE {_DUE}", values)
+
+
+def select_outbox_jobs(conn: Connection, owner: str) -> list[OutboxJob]:
+    """Returns the jobs that a worker owns, in the order in which they were stored."""
+    rows = conn.execute("SELECT id, kind, target, attempts FROM outbox WHERE owner = ? ORDER BY id", (owner,))
+    return [OutboxJob(*row) for row in rows]
+
+
+def has_due_outbox_jobs(conn: Connection, at: float, longest: float) -> bool:
+    """Returns True if an unowned job is due at the time `at` (Unix seconds). `longest` is the longest delay in s."""
+    values = {"at": at, "longest": longest}
+    return bool(conn.execute(f"SELECT EXISTS (SELECT 1 FROM outbox WHERE {_DUE})", values).fetchone()[0])
 
 
 def delete_outbox_job(conn: Connection, job_id: int) -> None:

@@ -16,6 +16,7 @@ import errors
 
 from .adoption import LEGACY, AdoptionContext, adopt, count
 from .users import email_key
+from .versions import store_replies_in_pieces
 
 log = logging.getLogger("clawd.database")
 
@@ -25,12 +26,12 @@ MAX_ID = 2**63 - 1  # SQLite's largest integer; Python's sqlite3 raises Overflow
 
 # Append only. Each migration runs in one transaction, which also sets `user_version`. After version 1, a migration
 # may only add to the schema, because during a restart an old worker may still be serving on it.
-MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt,)
+MIGRATIONS: tuple[Callable[[Connection, AdoptionContext], None], ...] = (adopt, store_replies_in_pieces)
 
 
 # Our tables that have foreign keys. Tables of other programs in the same file are not checked: a broken reference
 # in one of them must not prevent the start.
-REFERRING = ("projects", "sessions", "messages", "message_images", "turns")
+REFERRING = ("projects", "sessions", "messages", "message_images", "turns", "reply_pieces")
 
 
 def migrate(path: Path, context: AdoptionContext | None = None) -> None:
@@ -49,11 +50,11 @@ def migrate(path: Path, context: AdoptionContext | None = None) -> None:
                     f"{len(MIGRATIONS)}. Start the newer code, or restore a backup with an older schema.",
                     code="database_unavailable",
                 )
-            exists = version < len(MIGRATIONS) and count(conn, "sqlite_master") > 0
-            if exists:
+            outdated = version < len(MIGRATIONS) and count(conn, "sqlite_master") > 0
+            if outdated:
                 _check_integrity(conn, path)
         if version < len(MIGRATIONS):
-            _migrate_from(path, version, exists, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
+            _migrate_from(path, version, outdated, context or AdoptionContext(lambda _key, _image: None, Path.cwd()))
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             message = f"Cannot open {path} as a database: {error}. {_RESTORE}"
@@ -75,10 +76,10 @@ def _connect_without_changes(path: Path) -> Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
-def _migrate_from(path: Path, version: int, exists: bool, context: AdoptionContext) -> None:
+def _migrate_from(path: Path, version: int, outdated: bool, context: AdoptionContext) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         conn.create_function("email_key", 1, email_key, deterministic=True)
-        if exists:
+        if outdated:
             _copy_database(conn, path, version)
         conn.execute("PRAGMA cache_size=-262144")  # 256 MB, for this connection only
         conn.execute("PRAGMA legacy_alter_table=ON")  # otherwise a view on a legacy table makes its rename fail
@@ -123,7 +124,8 @@ def _apply(
     conn.execute("BEGIN IMMEDIATE")
     try:
         migration(conn, context)
-        for table in REFERRING:
+        existing = {row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for table in existing.intersection(REFERRING):
             if conn.execute(f"PRAGMA foreign_key_check({table})").fetchone():
                 raise sqlite3.IntegrityError(f"a row of {table} references a row that does not exist")
         conn.execute(f"PRAGMA user_version={version:d}")
@@ -155,7 +157,7 @@ def examine(conn: Connection) -> Findings:
     faults = [row[0] for row in conn.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
     version = schema_version(conn)
     names = [row[0] for row in conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    if missing := sorted(LEGACY.keys() - set(names)):
+    if missing := sorted(LEGACY.keys() - {name.lower() for name in names}):
         faults.append(f"this is not a database of this service: it lacks the tables {', '.join(missing)}")
         return Findings(version, {}, faults)
     if version:  # a legacy database may have such rows; its migration moves them to orphaned_…

@@ -42,7 +42,10 @@ def insert_session(conn: Connection, user_id: int, project_id: int, label: str |
 
 
 def select_sessions(conn: Connection, user_id: int, project_id: int, archived: bool) -> list[Session]:
-    """Returns either the archived or the other sessions of a project, newest first. Raises errors.NotFound."""
+    """Returns the sessions of a project that are `archived`, or those that are not, newest first.
+
+    Raises errors.NotFound.
+    """
     select_project(conn, user_id, project_id)
     rows = conn.execute(
         f"SELECT {_SESSION} FROM sessions s WHERE s.project_id = ? AND s.archived = ? ORDER BY s.id DESC",

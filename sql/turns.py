@@ -7,32 +7,16 @@ A queued turn whose owner is NULL is unowned: any worker may claim it.
 import json
 from collections.abc import Sequence
 from sqlite3 import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import errors
 from clock import now
 
-from .messages import Failure, Status, decoded
+from .messages import Failure, Status
+from .replies import Reply, stored_text
 from .sessions import check_chat_session
 
 WAITING_TURNS = 10  # queued turns that a session may have; docs/api.md documents this number
-
-
-class Reply(NamedTuple):
-    """A reply as it is stored. `message_id` and `owner` are None for a legacy reply, which has no turn.
-
-    `owner` is also None for an unowned queued turn.
-    """
-
-    id: int
-    message_id: int | None
-    session_id: int
-    content: str
-    status: Status
-    error: Failure | None
-    usage: dict[str, int] | None
-    created_at: str
-    owner: str | None
 
 
 class Turn(NamedTuple):
@@ -49,12 +33,13 @@ class Turn(NamedTuple):
     project_path: str
     text: str
     run_id: str | None
+    stop_requested: bool
 
 
 class NewTurn(NamedTuple):
     """The input of `begin_turn`. `digest` is a hash of the message's text and images, `label` a name for the session.
 
-    The session gets the label if it has none.
+    The session gets the label if it has none. `owner` is the worker that begins the turn.
     """
 
     user_id: int
@@ -74,6 +59,7 @@ class Ending(NamedTuple):
     run_id: str | None
     usage: dict[str, int] | None
     error: Failure | None
+    finish_reason: str | None
 
 
 class Begun(NamedTuple):
@@ -82,7 +68,23 @@ class Begun(NamedTuple):
     reply_id: int
     message_id: int
     session_id: int
+    status: Status
+    created_at: str
     existing: bool
+
+    def reply(self, owner: str) -> Reply:
+        """Returns the row of a reply that was stored just now."""
+        return Reply(
+            id=self.reply_id,
+            message_id=self.message_id,
+            session_id=self.session_id,
+            status=self.status,
+            error=None,
+            usage=None,
+            finish_reason=None,
+            created_at=self.created_at,
+            owner=owner,
+        )
 
 
 def begin_turn(conn: Connection, turn: NewTurn) -> Begun:
@@ -102,19 +104,20 @@ def begin_turn(conn: Connection, turn: NewTurn) -> Begun:
     )
     insert = "INSERT INTO messages (session_id, role, content, status, created_at) VALUES (?, ?, ?, ?, ?)"
     message_id = conn.execute(insert, (session_id, "user", turn.text, "complete", at)).lastrowid or 0
-    status = "queued" if live else "streaming"
+    status: Status = "queued" if live else "streaming"
     reply_id = conn.execute(insert, (session_id, "assistant", "", status, at)).lastrowid or 0
     conn.execute(
         "INSERT INTO turns (reply_id, message_id, session_id, idempotency_key, digest, owner) "
         "VALUES (?, ?, ?, ?, ?, ?)",
         (reply_id, message_id, session_id, turn.idempotency_key, turn.digest, turn.owner),
     )
-    return Begun(reply_id, message_id, session_id, existing=False)
+    return Begun(reply_id, message_id, session_id, status, at, existing=False)
 
 
 def _select_begun(conn: Connection, session_id: int, turn: NewTurn) -> Begun | None:
     row = conn.execute(
-        "SELECT reply_id, message_id, digest FROM turns WHERE session_id = ? AND idempotency_key = ?",
+        "SELECT t.reply_id, t.message_id, t.digest, m.status, m.created_at FROM turns t "
+        "JOIN messages m ON m.id = t.reply_id WHERE t.session_id = ? AND t.idempotency_key = ?",
         (session_id, turn.idempotency_key),
     ).fetchone()
     if row is None:
@@ -124,7 +127,7 @@ def _select_begun(conn: Connection, session_id: int, turn: NewTurn) -> Begun | N
             "This Idempotency-Key was already used for another message in this session. Use a new key.",
             code="idempotency_key_reused",
         )
-    return Begun(row[0], row[1], session_id, existing=True)
+    return Begun(row[0], row[1], session_id, row[3], row[4], existing=True)
 
 
 def _count_live(conn: Connection, session_id: int) -> int:
@@ -136,34 +139,20 @@ def _count_live(conn: Connection, session_id: int) -> int:
     ).fetchone()[0]
     if waiting >= WAITING_TURNS:
         raise errors.TooMany(
-            f"{WAITING_TURNS} messages already wait in this session. Wait for a reply, or stop the session.",
+            f"{WAITING_TURNS} messages are already waiting in this session. Wait for a reply, or stop the session.",
             code="session_busy",
             retry_after=5,
         )
     return int(running + waiting)
 
 
-def select_reply(conn: Connection, reply_id: int) -> Reply | None:
-    """Returns a reply, or None if there is no reply with this id."""
-    row = conn.execute(
-        "SELECT m.id, t.message_id, m.session_id, m.content, m.status, m.error, m.usage, m.created_at, t.owner "
-        "FROM messages m LEFT JOIN turns t ON t.reply_id = m.id WHERE m.id = ? AND m.role = 'assistant'",
-        (reply_id,),
-    ).fetchone()
-    return row and _reply(row)
-
-
-def _reply(row: Sequence[Any]) -> Reply:
-    reply_id, message_id, session_id, content, status, error, usage, created_at, owner = row
-    return Reply(reply_id, message_id, session_id, content, status, decoded(error), decoded(usage), created_at, owner)
-
-
 def select_turn(conn: Connection, reply_id: int) -> Turn | None:
     """Returns what a request to the gateway for this reply needs, or None if the reply has no turn."""
     row = conn.execute(
         "SELECT t.reply_id, t.message_id, t.session_id, s.session_key, s.agent_id, p.user_id, p.name, "
-        "p.description, p.project_path, m.content, t.run_id FROM turns t JOIN messages m ON m.id = t.message_id "
-        "JOIN sessions s ON s.id = t.session_id JOIN projects p ON p.id = s.project_id WHERE t.reply_id = ?",
+        "p.description, p.project_path, m.content, t.run_id, t.stop_requested = 1 FROM turns t "
+        "JOIN messages m ON m.id = t.message_id JOIN sessions s ON s.id = t.session_id "
+        "JOIN projects p ON p.id = s.project_id WHERE t.reply_id = ?",
         (reply_id,),
     ).fetchone()
     return row and Turn(*row)
@@ -200,42 +189,44 @@ _RUNNING_HERE = (
 )
 
 
-def update_replies(conn: Connection, owner: str, replies: Sequence[tuple[int, str, str | None]]) -> list[int]:
-    """Stores the text so far of running replies, each given as (reply id, text, gateway's run id).
-
-    Returns the ids of the replies that `owner` no longer runs; those are left unchanged.
-    """
-    lost = []
-    for reply_id, text, run_id in replies:
-        values = {"id": reply_id, "owner": owner, "content": text}
-        if conn.execute(f"UPDATE messages SET content = :content WHERE {_RUNNING_HERE}", values).rowcount == 0:
-            lost.append(reply_id)
-        elif run_id is not None:
-            conn.execute(
-                "UPDATE turns SET run_id = ? WHERE reply_id = ? AND run_id IS NOT ?", (run_id, reply_id, run_id)
-            )
-    return lost
-
-
 def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> bool:
-    """Stores status, text, usage and error of a finished reply in one UPDATE.
+    """Stores the end of a turn in one UPDATE, and folds the pieces of its reply into `content`.
 
-    Returns False, and leaves the reply unchanged, if `owner` no longer runs it.
+    If more text is stored than the ending has, that text is kept. Returns False, and leaves the reply unchanged, if
+    `owner` no longer runs it.
     """
-    done = conn.execute(
-        f"UPDATE messages SET status = :status, content = :content, usage = :usage, error = :error "
-        f"WHERE {_RUNNING_HERE}",
-        {
-            "id": reply_id,
-            "owner": owner,
-            "status": ending.status,
-            "content": ending.text,
-            "usage": ending.usage and json.dumps(ending.usage),
-            "error": ending.error and json.dumps(ending.error),
-        },
-    ).rowcount
+    if (
+        conn.execute(f"SELECT 1 FROM messages WHERE {_RUNNING_HERE}", {"id": reply_id, "owner": owner}).fetchone()
+        is None
+    ):
+        return False
+    stored = stored_text(conn, reply_id)
+    # First, so that the UPDATE uses the pages that this frees: SQLite then writes each of them once.
+    conn.execute("DELETE FROM reply_pieces WHERE reply_id = ?", (reply_id,))
+    conn.execute(
+        "UPDATE messages SET status = ?, content = ?, usage = ?, error = ?, finish_reason = ? WHERE id = ?",
+        (
+            ending.status,
+            max(ending.text, stored, key=len),
+            ending.usage and json.dumps(ending.usage),
+            ending.error and json.dumps(ending.error),
+            ending.finish_reason,
+            reply_id,
+        ),
+    )
     conn.execute("UPDATE turns SET run_id = coalesce(?, run_id) WHERE reply_id = ?", (ending.run_id, reply_id))
-    return done == 1
+    return True
+
+
+def stop_turns(conn: Connection, owner: str, reply_ids: Sequence[int]) -> None:
+    """Ends those of the replies that still run as `stopped`, whoever owns them, with the text that is stored.
+
+    Their former owners find that they no longer run them.
+    """
+    ending = Ending("stopped", "", None, None, None, None)
+    for reply_id in reply_ids:
+        conn.execute("UPDATE turns SET owner = ? WHERE reply_id = ?", (owner, reply_id))
+        finish_turn(conn, reply_id, owner, ending)
 
 
 class Halted(NamedTuple):
@@ -264,14 +255,21 @@ def _ids(conn: Connection, sql: str, *values: object) -> list[int]:
     return [row[0] for row in conn.execute(sql, values)]
 
 
-def select_running(conn: Connection, owner: str) -> dict[int, bool]:
-    """Returns the replies that this worker runs: reply id → True if a stop was requested."""
+class Owned(NamedTuple):
+    """A running reply as its owner finds it: whether to stop it, and whether it was inherited from a dead worker."""
+
+    stop_requested: bool
+    inherited: bool
+
+
+def select_running(conn: Connection, owner: str) -> dict[int, Owned]:
+    """Returns the running replies that a worker owns, by reply id."""
     rows = conn.execute(
-        "SELECT m.id, t.stop_requested = 1 FROM messages m JOIN turns t ON t.reply_id = m.id "
+        "SELECT m.id, t.stop_requested = 1, t.inherited = 1 FROM messages m JOIN turns t ON t.reply_id = m.id "
         "WHERE m.status = 'streaming' AND t.owner = ?",
         (owner,),
     )
-    return {reply_id: bool(stop) for reply_id, stop in rows}
+    return {reply_id: Owned(bool(stop), bool(inherited)) for reply_id, stop, inherited in rows}
 
 
 def count_turns(conn: Connection) -> tuple[int, int]:
@@ -307,7 +305,9 @@ def inherit(conn: Connection, dead: str, heir: str) -> list[int]:
         "SELECT m.id FROM messages m JOIN turns t ON t.reply_id = m.id WHERE m.status = 'streaming' AND t.owner = ?",
         dead,
     )
-    conn.executemany("UPDATE turns SET owner = ? WHERE reply_id = ?", ((heir, reply_id) for reply_id in left))
+    conn.executemany(
+        "UPDATE turns SET owner = ?, inherited = 1 WHERE reply_id = ?", ((heir, reply_id) for reply_id in left)
+    )
     return left
 
 

@@ -72,7 +72,7 @@ def update_password_hash(conn: Connection, user_id: int, old: str, new: str) -> 
 
 
 def update_password(conn: Connection, user_id: int, password: str) -> User | None:
-    """Sets a new password hash and revokes all earlier tokens. Returns None if there is no such account."""
+    """Sets a new password hash, revokes all earlier tokens, and returns the account, or None if there is none."""
     row = conn.execute(
         f"UPDATE users SET password = ?, token_version = token_version + 1 WHERE id = ? RETURNING {_USER}",
         (password, user_id),

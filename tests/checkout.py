@@ -1,4 +1,4 @@
-"""A checkout of its own for a test: the code as it stands, on ports that nobody else uses, ready to be started."""
+"""A copy of this checkout for a test: with the current code, committed or not, on free ports, ready to be started."""
 
 import os
 import shutil
@@ -16,10 +16,10 @@ TOOLS = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "GIT_CONFIG_GLOBA
 
 
 class Checkout:
-    """A git repository with this code in it, on `main`, whose environment counts as built."""
+    """A git repository on `main` with a copy of this code, and an environment that the scripts do not build again."""
 
     def __init__(self, path: Path, settings: dict[str, str]) -> None:
-        """`settings` go into its `.env`."""
+        """Creates the directory `path`. Writes `settings` to its `.env`."""
         self.path = path
         self.port = free_port()
         self.development_port = free_port()
@@ -43,56 +43,57 @@ class Checkout:
         use_this_python(path)
 
     def write_settings(self, settings: dict[str, str]) -> None:
-        """Replaces its `.env`."""
+        """Replaces the file `.env`."""
         (self.path / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     def edit(self, name: str, old: str, new: str) -> None:
-        """Replaces a piece of one file."""
+        """Replaces the first occurrence of `old` in a file. Fails if there is none."""
         file = self.path / name
         text = file.read_text(encoding="utf-8")
         assert old in text, f"{name} has no {old!r}"
         file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
     def git(self, *words: str) -> str:
-        """What git says."""
+        """Runs git in the repository. Returns its output; fails if git fails."""
         who = ("-c", "user.name=Test", "-c", "user.email=test@example.com")
         done = subprocess.run(["git", *who, *words], cwd=self.path, env=TOOLS, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode().strip()
 
     def commit(self) -> str:
-        """Commits all that is there, or an empty change; returns the commit."""
+        """Commits all changes, or an empty commit if there are none. Returns the hash of the commit."""
         self.git("add", "--all")
         self.git("commit", "--quiet", "--allow-empty", "--message", "A change")
         return self.git("rev-parse", "HEAD")
 
     def worktree(self, path: Path, branch: str) -> Path:
-        """Another directory of this repository, on a new branch."""
+        """Creates a worktree on a new branch, ready to be started. Returns its path."""
         self.git("worktree", "add", "--quiet", "-b", branch, str(path))
         return self.prepare(path)
 
     def prepare(self, path: Path) -> Path:
-        """Makes a worktree ready to be started."""
+        """Gives a worktree an environment and the settings. Returns its path."""
         use_this_python(path)
         shutil.copy(self.path / ".env", path)
         return path
 
     def health(self) -> JSON:
-        """What `/health` says, over a new connection."""
+        """Returns the response of `/health`, requested on a new connection."""
         answer: JSON = httpx.get(f"{self.url}/health", timeout=5, trust_env=False).json()
         return answer
 
     def front(self) -> int:
-        """The process that PM2 sees, once it is at work."""
+        """Returns the process id of the front of the production port; 0 while its lock file is empty."""
         return int((self.path / f"run/{self.port}/front.lock").read_text() or 0)
 
     def workers(self) -> list[int]:
-        """The processes that serve or retire on its ports, as they let themselves be found."""
+        """Returns the sorted process ids of the workers on both ports that serve or retire. The names of their Unix
+        sockets contain them."""
         return sorted(int(path.stem) for path in self.path.glob("run/*/*.sock"))
 
 
 def use_this_python(path: Path) -> None:
-    """Gives a checkout an environment that counts as built, made of the one that runs the tests."""
+    """Gives a checkout a `venv/` whose programs run the Python of the tests, with a stamp that marks it as complete."""
     programs = path / "venv" / "bin"
     programs.mkdir(parents=True)
     for name, start in (("python", ""), ("uvicorn", "-m uvicorn")):
@@ -103,7 +104,7 @@ def use_this_python(path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
+    """Returns whether the process exists and is not a zombie."""
     try:
         return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].startswith(" Z")
     except FileNotFoundError:
@@ -111,6 +112,6 @@ def is_alive(pid: int) -> bool:
 
 
 def is_open(port: int) -> bool:
-    """Whether somebody listens there."""
+    """Returns whether a process listens on the port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,4 +1,4 @@
-"""What the tests share: a stand-in for OpenClaw, the real app in front of it, and a person who uses it."""
+"""Shared fixtures: a stand-in for OpenClaw, the real app in front of it, and users of the app."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -16,7 +16,8 @@ from .stand_in import StandIn
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """pytest-xdist cannot send a report with half a character in it, which some tests log on purpose."""
+    """Replaces lone surrogates, which some tests log on purpose, because pytest-xdist cannot send a report that
+    contains them."""
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
@@ -24,19 +25,19 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture
 def openclaw() -> Iterator[StandIn]:
-    """A gateway of the test's own."""
+    """A stand-in gateway for one test."""
     with StandIn(free_port()) as gateway:
         yield gateway
 
 
 @pytest.fixture
 def settings(tmp_path: Path, openclaw: StandIn) -> Settings:
-    """Settings with a database and folders of the test's own, which heed no environment and no `.env`."""
+    """Settings with a database and directories for one test. They do not depend on the environment or a `.env`."""
     return make_settings(tmp_path, openclaw)
 
 
 def make_settings(directory: Path, openclaw: StandIn, **changes: Any) -> Settings:
-    """Settings for an app in that directory, in front of that gateway."""
+    """Returns settings for an app in `directory` in front of the gateway `openclaw`."""
     usual: dict[str, Any] = {
         "db_path": directory / "service.db",
         "clawdbot_base_url": openclaw.url,
@@ -50,7 +51,7 @@ def make_settings(directory: Path, openclaw: StandIn, **changes: Any) -> Setting
 
 @pytest.fixture
 def serve(tmp_path: Path, openclaw: StandIn) -> Iterator[Callable[..., Served]]:
-    """Starts the app, with settings that differ from the usual ones as told, and stops it after the test."""
+    """A function that starts the app, with `changes` to the usual settings. The app is stopped after the test."""
     with ExitStack() as stack:
 
         def start(**changes: Any) -> Served:
@@ -61,19 +62,19 @@ def serve(tmp_path: Path, openclaw: StandIn) -> Iterator[Callable[..., Served]]:
 
 @pytest.fixture
 def served(serve: Callable[..., Served]) -> Served:
-    """The app on the usual settings."""
+    """The app with the usual settings."""
     return serve()
 
 
 @pytest.fixture
 def ada(served: Served) -> Iterator[Person]:
-    """A user."""
+    """A signed-up user."""
     with served.person() as person:
         yield person
 
 
 @pytest.fixture
 def bob(served: Served) -> Iterator[Person]:
-    """Another user."""
+    """Another signed-up user."""
     with served.person() as person:
         yield person

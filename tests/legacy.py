@@ -1,4 +1,4 @@
-"""Databases as production has them, from before there were migrations, and what must be in them afterwards too."""
+"""Builds legacy databases with odd values, migrates them, and reads what the migration must preserve."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ OLD_PASSWORD = {"Ada@Example.com": "test123", "bob@example.com": "hunter22!"}
 
 
 def build(path: Path, messages: int = 0, seed: int = 0) -> None:
-    """The database of `legacy_schema.sql`, and so many messages more, with every oddity at random."""
+    """Creates the database of `legacy_schema.sql`, and adds `messages` messages with random odd values."""
     with closing(sqlite3.connect(path)) as conn:
         conn.executescript(SCHEMA)
         if messages:
@@ -31,7 +31,7 @@ def build(path: Path, messages: int = 0, seed: int = 0) -> None:
 def _fill(conn: sqlite3.Connection, count: int, chance: random.Random) -> None:
     conn.execute("ALTER TABLE messages ADD COLUMN model TEXT")
     conn.execute("ALTER TABLE users ADD COLUMN phone")
-    conn.execute("CREATE TABLE settings_of_old (name TEXT, value TEXT)")
+    conn.execute("CREATE TABLE unrelated_settings (name TEXT, value TEXT)")
     conn.execute("CREATE VIEW last_words AS SELECT session_id, max(id), content FROM messages GROUP BY session_id")
     conn.execute("INSERT INTO users VALUES (4, 'ADA@example.com', 'Another Ada', NULL, 1770000000, '+49 30 123')")
     conn.execute("INSERT INTO projects (id, user_id, name) VALUES (36, 99, 'of nobody')")
@@ -41,14 +41,14 @@ def _fill(conn: sqlite3.Connection, count: int, chance: random.Random) -> None:
     ]
     conn.executemany("INSERT INTO sessions (id, project_id, session_key, label) VALUES (?, ?, ?, ?)", sessions)
     ids = [session[0] for session in sessions] + [58, 59, 60, 7]
-    pictures = _pictures()
+    sources = _images()
     conn.executemany(
         "INSERT INTO messages (id, session_id, role, content, created_at, image, model) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (_message(1000 + number * 2, chance.choice(ids), chance, pictures) for number in range(count)),
+        (_message(1000 + number * 2, chance.choice(ids), chance, sources) for number in range(count)),
     )
-    conn.execute("UPDATE messages SET content = CAST(x'c3284142ff' AS TEXT) WHERE id = 1000")  # no UTF-8
+    conn.execute("UPDATE messages SET content = CAST(x'c3284142ff' AS TEXT) WHERE id = 1000")  # invalid UTF-8
     conn.execute("UPDATE messages SET content = x'48c3a9' WHERE id = 1002")  # bytes
-    conn.execute("DELETE FROM messages WHERE id = ?", (1000 + (count - 1) * 2,))  # ids of the deleted stay used
+    conn.execute("DELETE FROM messages WHERE id = ?", (1000 + (count - 1) * 2,))  # its id must not be used again
 
 
 def _key(chance: random.Random) -> str:
@@ -57,7 +57,7 @@ def _key(chance: random.Random) -> str:
     return "-".join(parts) if chance.random() < 0.9 else text.upper()
 
 
-def _message(number: int, session: int, chance: random.Random, pictures: list[str]) -> tuple[object, ...]:
+def _message(number: int, session: int, chance: random.Random, sources: list[str]) -> tuple[object, ...]:
     error = "Error: All connection attempts failed"
     words = ["", "Hello", "Grüße, 日本語 👩‍👩‍👧", "a\0b", error, "\u2028\n\r\t", f"text {number} " * 20]
     text = chance.choice(words)
@@ -66,11 +66,11 @@ def _message(number: int, session: int, chance: random.Random, pictures: list[st
     at = chance.choice(
         [None, "2026-02-04 10:47:49", "2026-02-04T10:47:49.250+02:00", 1770000000, 1770000000123, "yesterday"]
     )
-    image = chance.choice(pictures) if chance.random() < 0.002 else None
+    image = chance.choice(sources) if chance.random() < 0.002 else None
     return number, session, chance.choice(["user", "assistant"]), text, at, image, chance.choice([None, "gpt"])
 
 
-def _pictures() -> list[str]:
+def _images() -> list[str]:
     encoded = []
     for kind in ("PNG", "JPEG", "GIF", "WEBP"):
         file = io.BytesIO()
@@ -81,7 +81,7 @@ def _pictures() -> list[str]:
 
 
 def adopt(path: Path) -> ImageStore:
-    """Opens a database of old as the service does; returns the store of its images."""
+    """Migrates a legacy database as the service does, and returns the store with its images."""
     store = ImageStore(path.parent / "images", b"secret")
 
     def keep(key: str, text: str) -> sql.KeptImage | None:
@@ -93,7 +93,7 @@ def adopt(path: Path) -> ImageStore:
 
 
 def texts(path: Path) -> tuple[int, str]:
-    """How many messages a database has, before or after its adoption, and a SHA-256 of all their texts' bytes."""
+    """Returns the number of messages, and a SHA-256 over their original texts, before or after the migration."""
     digest, count = hashlib.sha256(), 0
     with closing(sqlite3.connect(path)) as conn:
         for message_id, text in conn.execute(_TEXTS[conn.execute("PRAGMA user_version").fetchone()[0] > 0]):
@@ -112,6 +112,6 @@ _TEXTS = (
 
 
 def images(path: Path) -> Iterator[tuple[int, str]]:
-    """The images of a database of old: (message, base64)."""
+    """Yields (message id, base64) for each image of a legacy database."""
     with closing(sqlite3.connect(path)) as conn:
         yield from conn.execute("SELECT id, image FROM messages WHERE image <> ''").fetchall()

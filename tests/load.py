@@ -1,6 +1,6 @@
-"""Load on a service that is being restarted: new connections, kept ones and long streams, and what became of them.
+"""Load on a service while it is restarted: requests on new and on keep-alive connections, and long streams.
 
-It speaks HTTP by itself, over plain sockets, so that no client library's own second try hides a failure.
+Speaks HTTP over plain sockets, because a client library might retry a request and so hide a failure.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from typing import Self
 
 from .service import JSON, Person, Stream
 
-EVERY = 1 / 60  # seconds between two requests over a connection of their own
-KEPT = 4  # clients with a connection that they keep
-KEPT_EVERY = 0.05  # seconds between two of their requests
+REQUEST_INTERVAL = 1 / 60  # seconds between two requests on new connections
+KEEP_ALIVE_CLIENTS = 4
+KEEP_ALIVE_INTERVAL = 0.05  # seconds between a keep-alive client's response and its next request
 
 
 @dataclass
 class Tally:
-    """What became of one kind of request."""
+    """The number of requests of one kind, and the failures among them by kind."""
 
     sent: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -30,10 +30,11 @@ class Tally:
 
 
 class Load:
-    """60 requests a second, 4 clients that keep their connection, and some streams, until the block is left."""
+    """Sends 60 requests per second on new connections, and requests of 4 keep-alive clients, until the block ends."""
 
     def __init__(self, person: Person, sessions: list[JSON], text: str = "") -> None:
-        """In each session one stream of the reply to `text` is read to its end."""
+        """In each session, in addition sends `text` and reads the stream of the reply to its end, for which the end of
+        the block waits."""
         self.port = person.http.base_url.port or 0
         self.fresh, self.kept, self.streams = Tally(), Tally(), Tally()
         self.texts: list[str] = []
@@ -57,7 +58,7 @@ class Load:
         assert kind or not self._thread.is_alive(), "a stream did not end"
 
     def failures(self) -> dict[str, int]:
-        """All that went wrong, by kind."""
+        """Returns the number of failures by kind of request and kind of failure, without zeros."""
         tallies = (("fresh", self.fresh), ("kept", self.kept), ("stream", self.streams))
         return {f"{name} {what}": count for name, tally in tallies for what, count in tally.failures.items()}
 
@@ -66,17 +67,17 @@ class Load:
 
     async def _run(self) -> None:
         streams = [asyncio.create_task(self._stream(session)) for session in self._sessions]
-        kept = [asyncio.create_task(self._keep()) for _ in range(KEPT)]
+        kept = [asyncio.create_task(self._keep()) for _ in range(KEEP_ALIVE_CLIENTS)]
         asked: set[asyncio.Task[None]] = set()
         due = time.monotonic()
         while not self._over.is_set():
             asked.add(asyncio.create_task(self._ask()))
-            due += EVERY
+            due += REQUEST_INTERVAL
             await asyncio.sleep(max(due - time.monotonic(), 0))
         await asyncio.gather(*asked, *kept, *streams)
 
     async def _ask(self) -> None:
-        """One request over a connection of its own."""
+        """Sends one request on a new connection."""
         self.fresh.sent += 1
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -89,13 +90,13 @@ class Load:
             self.fresh.failures[type(error).__name__] += 1
 
     async def _keep(self) -> None:
-        """Requests over one connection, as long as the server leaves it open."""
+        """Sends requests on one connection, and opens another one when the server has closed it."""
         connection = None
         while not self._over.is_set():
-            await asyncio.sleep(KEPT_EVERY)
+            await asyncio.sleep(KEEP_ALIVE_INTERVAL)
             self.kept.sent += 1
             try:
-                if connection is None or connection[0].at_eof():  # closed while it was idle: as any client sees
+                if connection is None or connection[0].at_eof():  # closed while idle, which any client notices
                     connection = await asyncio.open_connection("127.0.0.1", self.port)
                 if await self._ask_again(*connection):
                     connection[1].close()
@@ -107,7 +108,8 @@ class Load:
             connection[1].close()
 
     async def _ask_again(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the answer says that the connection ends with it."""
+        """Sends a request on an open connection. Returns whether the response has `Connection: close`. Raises
+        ValueError if its status is not 200."""
         writer.write(f"GET /projects HTTP/1.1\r\n{self._headers}\r\n".encode())
         head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).decode().lower()
         lines = dict(line.split(": ", 1) for line in head.strip().split("\r\n")[1:])
@@ -117,7 +119,7 @@ class Load:
         return lines.get("connection") == "close"
 
     async def _stream(self, session: JSON) -> None:
-        """One reply, read to its end."""
+        """Sends the message in a session and reads the stream of its reply to the end."""
         self.streams.sent += 1
         stream = Stream(None)
         try:

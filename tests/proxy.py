@@ -1,4 +1,4 @@
-"""A proxy that cuts a connection on which nothing came from the service for a while, as many do."""
+"""A proxy that cuts a connection on which the service has sent nothing for a while, as many proxies do."""
 
 import contextlib
 import socket
@@ -9,13 +9,13 @@ from .service import free_port
 
 
 class IdleProxy:
-    """Forwards a loopback port to another, in threads; `with IdleProxy(port, idle=0.3) as proxy: ... proxy.url`.
+    """Forwards connections to the loopback port `target`: `with IdleProxy(port, idle=0.3) as proxy: ... proxy.url`.
 
-    With nothing behind `target` it takes connections and never answers.
+    If nothing listens on `target`, it accepts connections and never answers.
     """
 
     def __init__(self, target: int, idle: float, port: int | None = None) -> None:
-        """`idle` is in seconds."""
+        """`idle` is the number of silent seconds after which it cuts. `port` is its own port; default: a free one."""
         self._target = target
         self._idle = idle
         self._port = port or free_port()
@@ -24,7 +24,7 @@ class IdleProxy:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address on which it listens."""
         return f"http://127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
@@ -50,7 +50,7 @@ class IdleProxy:
         try:
             server = socket.create_connection(("127.0.0.1", self._target))
         except OSError:
-            return  # the client is left waiting
+            return  # the client's connection stays open without an answer
         self._open.append(server)
         server.settimeout(self._idle)
         threading.Thread(target=_pump, args=(client, server), daemon=True).start()
@@ -58,7 +58,7 @@ class IdleProxy:
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # cut, or silent for too long
+    with contextlib.suppress(OSError):  # the connection broke, or was silent for too long
         while data := source.recv(65536):
             target.sendall(data)
     _close(source)

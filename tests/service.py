@@ -1,4 +1,4 @@
-"""The service as a test starts it, and a person who uses it over HTTP as the contract says."""
+"""The service as tests start it, and a user who calls its routes over HTTP."""
 
 import json
 import os
@@ -30,16 +30,17 @@ JSON = dict[str, Any]
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESERVED: list[socket.socket] = []
 NOWHERE = os.open(os.devnull, os.O_WRONLY)
-# What a process with an environment of its own needs to be measured by `./tests/run --coverage`; otherwise empty.
+# The variable with which `./tests/run --coverage` measures subprocesses; empty without that option. A subprocess that
+# gets a new environment needs it.
 COVERAGE = {name: value for name, value in os.environ.items() if name == "COVERAGE_PROCESS_CONFIG"}
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, and that no other test gets while this process lives.
+    """Returns a loopback port on which no program listens, and which no other test gets while this process runs.
 
-    It is below the range from which the kernel chooses ports of its own: a connection of another test would otherwise
-    take it before it is listened on. Tests run in parallel, so each port is reserved by an abstract Unix socket, which
-    is gone with the process.
+    The port is below the range of ephemeral ports. Otherwise the kernel could give it to a connection of another test
+    before the caller listens on it. Tests run in parallel, so each port is reserved by an abstract Unix socket, which
+    the kernel closes when the process ends.
     """
     for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
         reservation = socket.socket(socket.AF_UNIX)
@@ -56,23 +57,25 @@ def free_port() -> int:
 
 
 def until(look: Callable[[], T | None], seconds: float, what: str) -> T:
-    """The first value of `look()` that is true. Fails the test, naming `what`, when none comes in time."""
+    """Calls `look` until it returns a true value, and returns that. Fails the test after `seconds`; the failure names
+    `what`."""
     deadline = time.monotonic() + seconds
     while True:
         if value := look():
             return value
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds:g} s in vain for {what}")
+            pytest.fail(f"waited {seconds:g} s for {what}, in vain")
         time.sleep(0.02)
 
 
 def tail(log: Path, characters: int = 4000) -> str:
-    """The end of a process's output, for the message of a failure."""
+    """Returns the end of a process's output, for the message of a failure."""
     return log.read_text(errors="replace")[-characters:] if log.exists() else "(no output)"
 
 
 class Served:
-    """The real app on uvicorn over loopback, in a thread of the test: quick, and open to a look inside."""
+    """The real app in a thread of the test, served by uvicorn over loopback. It starts fast, and a test can access its
+    objects."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -89,7 +92,7 @@ class Served:
         self._thread.start()
         until(lambda: self._server.started or not self._thread.is_alive(), 20, "the app to start")
         assert self._server.started, "the app did not start"
-        # pytest keeps what is logged, and shows it where a test fails; written to stdout too it gets between the dots.
+        # pytest captures log records and shows them if a test fails. Lines on stdout would mix with its progress dots.
         telemetry.start_logging(self.settings.log_level, self.settings.log_format, (), NOWHERE)
         return self
 
@@ -97,29 +100,29 @@ class Served:
         self.stop()
 
     def stop(self) -> None:
-        """Ends in order, as SIGTERM does."""
+        """Stops the app as SIGTERM does."""
         self._server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive(), "the app did not stop"
 
     @contextmanager
     def person(self) -> Iterator["Person"]:
-        """A newly signed-up user."""
+        """Signs up a new user."""
         with _client(self.url) as http:
             yield Person(http)
 
 
 class Service:
-    """`uvicorn app:app` as a process of its own on a free port, with a database and folders of its own."""
+    """`uvicorn app:app` in its own process on a free port, with its own database and directories."""
 
     def __init__(self, directory: Path, gateway_url: str, gateway_token: str, **environment: str) -> None:
-        """`environment` is what differs from the usual settings."""
+        """`environment` overrides the usual settings."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.directory = directory
         self.log = directory / f"service-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
-        # Everything is said here: a developer's own `.env` beside the code must not steer a test.
+        # All settings that matter are set here, so that a developer's `.env` in the checkout does not change a test.
         self._environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(directory),
@@ -145,12 +148,12 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """Of the running process."""
+        """The id of the running process."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> None:
-        """Starts it and waits until `/health` answers."""
+        """Starts the process and waits until `/health` answers."""
         command = [sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--no-access-log", "--timeout-graceful-shutdown", "1"]
         with self.log.open("ab") as log:
@@ -169,7 +172,7 @@ class Service:
             return False
 
     def stop(self) -> None:
-        """Ends it in order."""
+        """Stops the process with SIGTERM, and kills it if it does not end within 30 s."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -179,34 +182,34 @@ class Service:
             self._process = None
 
     def freeze(self) -> None:
-        """Holds the process as it is: it neither reads nor writes until it is thawed or killed."""
+        """Suspends the process (SIGSTOP): it neither reads nor writes until `thaw` or `kill`."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Lets it go on."""
+        """Continues the suspended process (SIGCONT)."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Ends it by kill -9, as a crash does."""
+        """Kills the process with SIGKILL, like a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def output(self) -> str:
-        """All that it has logged."""
+        """Returns everything that the process has logged."""
         return self.log.read_text(errors="replace")
 
     @contextmanager
     def person(self) -> Iterator["Person"]:
-        """A newly signed-up user."""
+        """Signs up a new user."""
         with _client(self.url) as http:
             yield Person(http)
 
 
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to load the world's certificates takes longer than most tests
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without the system's certificates, which take long to load
 
 
 def _client(url: str) -> httpx.Client:
@@ -216,7 +219,7 @@ def _client(url: str) -> httpx.Client:
 
 @dataclass
 class Answer:
-    """What came of one message, streamed or not."""
+    """The outcome of one message, streamed or not."""
 
     status_code: int
     body: str
@@ -226,15 +229,15 @@ class Answer:
 
     @property
     def message_id(self) -> int:
-        """The reply's."""
+        """The id of the reply's message."""
         return int(self.headers["X-Message-Id"])
 
 
 class Stream:
-    """A streamed reply, read as the contract tells a client to read it."""
+    """A streamed reply, read as docs/api.md tells clients to read it."""
 
     def __init__(self, response: httpx.Response | None) -> None:
-        """Without a response its lines are given to `take`."""
+        """Reads the lines of `response`. Without a response, the caller passes lines to `take`."""
         self._lines = response.iter_lines() if response else iter(())
         self.text = ""
         self.frames: list[JSON] = []
@@ -245,18 +248,18 @@ class Stream:
 
     @property
     def finish(self) -> str | None:
-        """The last frame's `finish_reason`."""
+        """The `finish_reason` of the last frame."""
         reason: str | None = self.frames[-1]["choices"][0]["finish_reason"]
         return reason
 
     @property
     def error(self) -> JSON | None:
-        """The last frame's `error`."""
+        """The `error` of the last frame."""
         error: JSON | None = self.frames[-1].get("error")
         return error
 
     def read(self, *, to_first_text: bool = False, one_frame: bool = False) -> Self:
-        """Reads to the end, or until the first text is there, or one frame more."""
+        """Reads to the end of the stream, or only until there is text, or only one more frame."""
         frames = len(self.frames)
         heard = time.monotonic()
         for line in self._lines:
@@ -268,7 +271,7 @@ class Stream:
         return self
 
     def take(self, line: str) -> None:
-        """A line of the stream."""
+        """Processes one line of the stream."""
         if line.startswith(":"):
             self.comments += 1
         elif line.startswith("id: "):
@@ -282,7 +285,7 @@ class Stream:
 
 
 class Person:
-    """A user with a token; every method is one request of the contract."""
+    """A user with a token. Each method sends one request of the API."""
 
     def __init__(self, http: httpx.Client) -> None:
         self.password = secrets.token_urlsafe(12)
@@ -294,7 +297,7 @@ class Person:
 
     @contextmanager
     def at(self, url: str) -> Iterator["Person"]:
-        """The same person at another process of the service."""
+        """The same user at another process of the service."""
         with _client(url) as http:
             http.headers["Authorization"] = f"Bearer {self.token}"
             other = Person.__new__(Person)
@@ -308,21 +311,21 @@ class Person:
         return made
 
     def project(self, name: str = "A project", description: str = "") -> JSON:
-        """A new project."""
+        """Creates a project."""
         return self._created("/projects", name=name, description=description)
 
     def session(self, project: JSON | None = None, **body: str) -> JSON:
-        """A new session, in a project of its own unless one is given."""
+        """Creates a session, in `project` or else in a new project."""
         return self._created(f"/projects/{(project or self.project())['id']}/sessions", **body)
 
     def rename(self, project: JSON, **body: str) -> None:
-        """A project's new name or description."""
+        """Changes the name or description of a project."""
         assert self.http.put(f"/projects/{project['id']}", json=body).status_code == 200
 
     def say(
         self, session: JSON, text: str, *, image: str | None = None, stream: bool = False, key: str | None = None
     ) -> Answer:
-        """Sends a message and waits for the whole reply, or for the refusal."""
+        """Sends a message and waits for the whole reply, or for the error."""
         if stream:
             return self._say_streamed(session, text, image, key)
         response = self.http.post("/chat", json=_message(session, text, image), headers=_key(key))
@@ -343,14 +346,15 @@ class Person:
     def listen(
         self, session: JSON, text: str, *, image: str | None = None, key: str | None = None
     ) -> Iterator[tuple[httpx.Response, Stream]]:
-        """Sends a message and leaves the reading of the reply to the test; leaving the block closes the tab."""
+        """Sends a message and yields its response and stream for the test to read. Leaving the block closes the
+        connection."""
         body = _message(session, text, image)
         with self.http.stream("POST", "/chat/stream", json=body, headers=_key(key)) as response:
             yield response, Stream(response)
 
     @contextmanager
     def resume(self, session: JSON, message_id: int, after: int | None = None) -> Iterator[Stream]:
-        """The rest of a reply, from so many characters on."""
+        """Yields the stream of a reply, from the offset `after` on."""
         path = f"/sessions/{session['id']}/messages/{message_id}/stream"
         headers = {} if after is None else {"Last-Event-ID": str(after)}
         with self.http.stream("GET", path, headers=headers) as response:
@@ -358,19 +362,19 @@ class Person:
             yield Stream(response)
 
     def messages(self, session: JSON) -> list[JSON]:
-        """All messages of a session, oldest first."""
+        """Returns all messages of a session, oldest first."""
         response = self.http.get(f"/sessions/{session['id']}/messages")
         assert response.status_code == 200, response.text
         rows: list[JSON] = response.json()
         return rows
 
     def reply(self, session: JSON, *states: str) -> JSON | None:
-        """The newest reply of a session, once its status is one of these."""
+        """Returns the newest reply of a session if it has one of these statuses, otherwise None."""
         last = self.messages(session)[-1]
         return last if last["role"] == "assistant" and last["status"] in states else None
 
     def stop(self, session: JSON) -> bool:
-        """Stops the running reply; tells whether one ran."""
+        """Stops the session's turns. Returns whether there was anything to stop."""
         response = self.http.post(f"/sessions/{session['id']}/stop")
         assert response.status_code == 200, response.text
         stopped: bool = response.json()["stopped"]
@@ -382,7 +386,7 @@ class Person:
         assert response.status_code == 200, response.text
 
     def ready(self) -> httpx.Response:
-        """What `/health/ready` answers."""
+        """Requests `/health/ready`."""
         return self.http.get("/health/ready")
 
 
@@ -391,7 +395,7 @@ def _key(key: str | None) -> dict[str, str]:
 
 
 def _message(session: JSON, text: str, image: str | None) -> JSON:
-    """The body of `POST /chat` and `POST /chat/stream`."""
+    """Returns the body of `POST /chat` and `POST /chat/stream`."""
     body: JSON = {
         "session_key": session["session_key"],
         "messages": [{"role": "user", "content": text}],

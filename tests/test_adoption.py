@@ -1,5 +1,4 @@
-"""The production database of old is taken over: nothing of it is lost, and whatever happens on the way leaves the old
-file or the new one."""
+"""The migration of a legacy database: it loses nothing, and a failure or a kill leaves the old or the new file."""
 
 import base64
 import logging
@@ -32,13 +31,13 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAW
 
 
 def rows(path: Path, query: str, *values: object) -> list[Any]:
-    """What a query brings."""
+    """Returns the rows of a query."""
     with closing(sqlite3.connect(path)) as conn:
         return conn.execute(query, values).fetchall()
 
 
 def change(path: Path, *statements: str) -> None:
-    """Changes a database of old."""
+    """Runs statements on a legacy database."""
     with closing(sqlite3.connect(path)) as conn:
         for statement in statements:
             conn.execute(statement)
@@ -47,7 +46,7 @@ def change(path: Path, *statements: str) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a database of old is to be."""
+    """The path of a legacy database that does not exist yet."""
     return tmp_path / "clawdbot_adapter.db"
 
 
@@ -56,8 +55,11 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("messages", [0, 1, 2, 10, 1_000, 100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_every_row_and_text_is_there(path: Path, messages: int) -> None:
-    """All texts have the SHA-256 that they had, each row is in its table or among those without an owner, each image
-    is a file with its bytes or stands where it stood, and SQLite finds nothing wrong."""
+    """The migration keeps every row and every text, which a SHA-256 over all texts proves.
+
+    Each row is in its table or in the orphaned_ table, each image is a file with the same bytes or still in its
+    column, and the integrity and foreign key checks pass.
+    """
     build(path, messages, seed=messages)
     before = texts(path)
     pictures = dict(images(path))
@@ -83,9 +85,11 @@ def test_every_row_and_text_is_there(path: Path, messages: int) -> None:
         assert store.load(file).data == base64.b64decode(pictures[number].rpartition(",")[2])
 
 
-def test_what_fits_nowhere_is_kept(path: Path) -> None:
-    """Columns that nobody knows, times that cannot be read and bytes that are no text are in a table of their own;
-    other tables and views stay."""
+def test_values_that_do_not_fit_are_kept(path: Path) -> None:
+    """The table `legacy_values` gets unknown columns, unreadable times and undecodable texts.
+
+    Unknown tables and views remain.
+    """
     build(path, 200, seed=3)
     models = rows(path, "SELECT id, model FROM messages WHERE model IS NOT NULL")
     times = rows(path, "SELECT id FROM messages WHERE created_at = 'yesterday'")
@@ -96,9 +100,9 @@ def test_what_fits_nowhere_is_kept(path: Path) -> None:
     assert rows(path, value, "messages", "created_at") == [(number, "yesterday") for (number,) in times]
     assert rows(path, value, "messages", "content") == [(1000, b"\xc3(AB\xff"), (1002, b"H\xc3\xa9")]
     every = "SELECT id, content FROM messages UNION SELECT id, content FROM orphaned_messages ORDER BY id"
-    mended = {number: text for number, text in rows(path, every) if number in (1000, 1002)}
-    assert mended == {1000: "\ufffd(AB\ufffd", 1002: "Hé"}
-    assert rows(path, "SELECT count(*) FROM settings_of_old") == [(0,)]
+    decoded = {number: text for number, text in rows(path, every) if number in (1000, 1002)}
+    assert decoded == {1000: "\ufffd(AB\ufffd", 1002: "Hé"}
+    assert rows(path, "SELECT count(*) FROM unrelated_settings") == [(0,)]
     assert rows(path, "SELECT count(*) > 0 FROM last_words") == [(1,)]
 
 
@@ -116,7 +120,7 @@ def test_what_fits_nowhere_is_kept(path: Path) -> None:
     ],
 )
 def test_a_time_keeps_its_instant(path: Path, old: object, new: str) -> None:
-    """However it was written, it is the same moment as the contract writes it."""
+    """Every readable format of a time is converted to the same instant in ISO 8601."""
     build(path)
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("UPDATE sessions SET created_at = ?, last_used_at = ? WHERE id = 58", (old, old))
@@ -126,8 +130,8 @@ def test_a_time_keeps_its_instant(path: Path, old: object, new: str) -> None:
 
 
 @pytest.mark.parametrize("old", ["now", "12:30", "2026-13-40", -(2**63), 10**17])
-def test_what_is_no_instant_is_not_made_one(path: Path, old: object) -> None:
-    """A time that names no moment is kept as it was, and becomes the time of the adoption where there must be one."""
+def test_an_unreadable_time_is_kept(path: Path, old: object) -> None:
+    """An unreadable time goes to `legacy_values`. A column that requires a time gets the time of the migration."""
     build(path)
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("UPDATE sessions SET created_at = ?, last_used_at = ? WHERE id = 58", (old, old))
@@ -141,8 +145,8 @@ def test_what_is_no_instant_is_not_made_one(path: Path, old: object) -> None:
     assert kept == [("created_at", old), ("last_used_at", old)]
 
 
-def test_names_in_another_case(path: Path) -> None:
-    """SQLite does not tell `Messages` from `messages`, so neither does the adoption; no id is used twice either."""
+def test_names_of_tables_and_columns_in_another_case(path: Path) -> None:
+    """The migration ignores the case of table and column names, as SQLite does, also for the sequences of ids."""
     build(path, 100)
     before, pictures = texts(path), len(list(images(path)))
     change(path, "DROP TRIGGER update_projects_timestamp", "DROP VIEW last_words")
@@ -164,8 +168,8 @@ def test_names_in_another_case(path: Path) -> None:
     assert dict(rows(path, "SELECT name, seq FROM sqlite_sequence"))["users"] == 4
 
 
-def test_a_strangers_table_stays(path: Path) -> None:
-    """A table that nobody knows is as it was, also where it refers to what is not there, and is in nobody's way."""
+def test_an_unknown_table_stays(path: Path) -> None:
+    """A table of another program remains with its trigger. Its broken references do not prevent migration or backup."""
     build(path)
     change(
         path,
@@ -179,8 +183,8 @@ def test_a_strangers_table_stays(path: Path) -> None:
     assert rows(path, "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name = 'forward'") == [("forward",)]
 
 
-def test_keys_that_cannot_be_read_stay_apart(path: Path) -> None:
-    """Two session keys or e-mails that are no UTF-8 do not become the same one; their bytes are kept."""
+def test_undecodable_keys_stay_distinct(path: Path) -> None:
+    """Two session keys or e-mails that are not UTF-8 do not become the same text; their bytes are kept."""
     build(path)
     change(
         path,
@@ -199,8 +203,8 @@ def test_keys_that_cannot_be_read_stay_apart(path: Path) -> None:
     ]
 
 
-def test_a_relative_path_starts_at_the_checkout(path: Path) -> None:
-    """A project's folder that was named relative to where the service ran is found from wherever it runs now."""
+def test_a_relative_path_is_resolved_against_the_checkout(path: Path) -> None:
+    """A relative project path becomes absolute, so that it does not depend on the directory of the process."""
     build(path)
     change(path, "UPDATE projects SET project_path = 'projects/garden' WHERE id = 35")
     adopt(path)
@@ -209,7 +213,7 @@ def test_a_relative_path_starts_at_the_checkout(path: Path) -> None:
 
 
 def test_columns_that_an_older_file_lacks(path: Path) -> None:
-    """A file from before some column was added is taken over as well, with what the column counts as."""
+    """A legacy database that lacks columns is migrated too; the columns get their defaults."""
     build(path)
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("DROP TRIGGER update_projects_timestamp")
@@ -229,7 +233,7 @@ def test_columns_that_an_older_file_lacks(path: Path) -> None:
 
 
 def test_no_id_is_used_twice(path: Path) -> None:
-    """An id of a deleted row of old is never given to a new one."""
+    """New rows do not get the ids of rows that were deleted before the migration."""
     build(path)
     with closing(sqlite3.connect(path)) as conn:
         conn.execute("DELETE FROM messages WHERE id > 100")
@@ -243,8 +247,8 @@ def test_no_id_is_used_twice(path: Path) -> None:
         assert begun.message_id == 364
 
 
-def test_the_log_says_how_many(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An operator sees where the copy is, and how many of each there were."""
+def test_the_log_states_the_numbers_of_rows(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names the copy, the dropped triggers, and how many rows and images of each kind there were."""
     build(path)
     with caplog.at_level(logging.INFO, "clawd"):
         adopt(path)
@@ -256,8 +260,8 @@ def test_the_log_says_how_many(path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "dropping the trigger update_projects_timestamp on projects" in caplog.text
 
 
-def test_the_copy_beside_is_the_file_as_it_was(path: Path) -> None:
-    """It has all that the file had, and a start that comes again does not make another one."""
+def test_the_copy_has_everything_and_is_made_once(path: Path) -> None:
+    """The copy has every text and the old version. Migrating the same file again makes no second copy."""
     build(path, 100)
     before = texts(path)
     original = path.read_bytes()
@@ -271,8 +275,8 @@ def test_the_copy_beside_is_the_file_as_it_was(path: Path) -> None:
     assert rows(copy, "PRAGMA user_version") == [(0,)]
 
 
-def test_twice_is_once(path: Path) -> None:
-    """A second start changes nothing."""
+def test_a_second_start_changes_nothing(path: Path) -> None:
+    """Opening a migrated database again leaves every byte unchanged."""
     build(path, 100)
     adopt(path)
     before = path.read_bytes()
@@ -284,7 +288,7 @@ def test_twice_is_once(path: Path) -> None:
 
 
 def damage(content: bytes) -> bytes:
-    """The same file with pages in its middle overwritten."""
+    """Overwrites two pages in the middle of a file."""
     middle = len(content) // 2 // 4096 * 4096
     return content[:middle] + b"\xa5" * 8192 + content[middle + 8192 :]
 
@@ -298,9 +302,11 @@ def damage(content: bytes) -> bytes:
         (lambda content: content[:60] + (99).to_bytes(4, "big") + content[64:], "Start the newer code"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[bytes], bytes], said: str) -> None:
-    """A damaged one, one that is no database, and a newer one are refused with what to do, and stay as they are, with
-    nothing beside them."""
+def test_an_unusable_file_is_refused_and_unchanged(path: Path, spoil: Callable[[bytes], bytes], said: str) -> None:
+    """A file that is damaged, not a database, or newer is refused with an error that says what to do.
+
+    The file remains unchanged, and no other file is created.
+    """
     build(path, 300)
     content = spoil(path.read_bytes())
     path.write_bytes(content)
@@ -312,8 +318,11 @@ def test_a_file_that_cannot_be_used_is_untouched(path: Path, spoil: Callable[[by
 
 
 @pytest.mark.parametrize("spoil", ["PRAGMA user_version=99", "CREATE TABLE turns (x)"])
-def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -> None:
-    """A file is refused without playing into it what the -wal beside it holds, and the sentence says why."""
+def test_a_refused_file_keeps_its_wal(path: Path, spoil: str) -> None:
+    """A newer file with a -wal from a crash is refused, and neither file is changed.
+
+    A failing migration is rolled back.
+    """
     sql.migrate(path)
     if spoil.startswith("CREATE"):
         path.unlink()
@@ -334,8 +343,8 @@ def test_what_a_crash_left_beside_a_refused_file_stays(path: Path, spoil: str) -
         assert rows(crashed, "SELECT count(*) FROM messages") == [(9,)]
 
 
-def test_a_full_disk_leaves_the_old_file(path: Path) -> None:
-    """Where there is no room for the images, nothing has happened."""
+def test_images_that_cannot_be_stored_leave_the_old_file(path: Path) -> None:
+    """If the images cannot be stored, the migration fails and leaves the database unchanged."""
     build(path)
     before = path.read_bytes()
     (path.parent / "images").write_text("a file where the folder should be")
@@ -356,7 +365,7 @@ adopt(Path(sys.argv[1]))
 
 
 def start(path: Path) -> "subprocess.Popen[bytes]":
-    """A process that adopts; returns when it begins."""
+    """Starts a process that migrates a legacy database, and returns when it begins."""
     process = subprocess.Popen([sys.executable, "-c", ADOPT, path, CHECKOUT], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
@@ -365,7 +374,7 @@ def start(path: Path) -> "subprocess.Popen[bytes]":
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_kill_leaves_the_old_or_the_new_file(path: Path, kills: int) -> None:
-    """30 times kill -9 at a random moment: the file is as it was or adopted, and the next start finishes."""
+    """After kill -9 at a random moment, the file is unchanged or migrated; the next start completes the migration."""
     build(path, 20_000, seed=1)
     before, original = texts(path), path.read_bytes()
     started = time.monotonic()
@@ -386,11 +395,11 @@ def test_a_kill_leaves_the_old_or_the_new_file(path: Path, kills: int) -> None:
         adopt(path)
         assert rows(path, "PRAGMA user_version") == [(len(sql.MIGRATIONS),)]
         assert texts(path) == before
-    assert left.count(0) > kills // 5 - 1, "the kills were meant to come in the middle"
+    assert left.count(0) > kills // 5 - 1, "too few kills came before the end of the migration"
 
 
-def test_two_starts_at_once_are_one(path: Path) -> None:
-    """Two processes that open it at the same moment make one adoption and one copy."""
+def test_two_starts_at_once_migrate_once(path: Path) -> None:
+    """Two processes that open a legacy database at the same moment migrate it once and make one copy."""
     build(path, 20_000)
     before = texts(path)
     script = "import sys; sys.path.insert(0, sys.argv[2]); import database, pathlib; "
@@ -406,19 +415,19 @@ def test_two_starts_at_once_are_one(path: Path) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path, serve: Callable[..., Served]) -> Served:
-    """The service on the database of old."""
+    """The service, on a migrated legacy database."""
     build(tmp_path / "service.db")
     return serve()
 
 
 def login(served: Served, email: str, password: str) -> httpx.Response:
-    """The answer to a login."""
+    """Returns the response to a login."""
     return httpx.post(f"{served.url}/auth/login", json={"email": email, "password": password}, trust_env=False)
 
 
 @pytest.mark.parametrize("email", OLD_PASSWORD)
-def test_an_old_user_signs_in(old: Served, tmp_path: Path, email: str) -> None:
-    """With the old password, whose hash is a better one from then on; with no other one."""
+def test_a_legacy_user_logs_in(old: Served, tmp_path: Path, email: str) -> None:
+    """The legacy password is accepted, and rehashed with argon2id at the first login. Other passwords are refused."""
     assert login(old, email, "wrong password").status_code == 401
     assert login(old, email.swapcase(), OLD_PASSWORD[email]).status_code == 200
     (hashed,) = rows(tmp_path / "service.db", "SELECT password FROM users WHERE email = ?", email)[0]
@@ -427,9 +436,11 @@ def test_an_old_user_signs_in(old: Served, tmp_path: Path, email: str) -> None:
     assert login(old, email, hashed).status_code == 401
 
 
-def test_what_was_theirs_is_theirs(old: Served) -> None:
-    """An old user finds projects, archived sessions and messages as they were, images as URLs that load, and can
-    write files into a project that never had a folder."""
+def test_a_legacy_user_finds_everything(old: Served) -> None:
+    """A legacy user gets the same projects, archived sessions and messages as before, and images as URLs.
+
+    Writing a file creates the folder of a project that had none.
+    """
     token = login(old, "ada@example.com", "test123").json()["access_token"]
     with httpx.Client(base_url=old.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as http:
         (project,) = http.get("/projects").json()
@@ -451,7 +462,7 @@ def test_what_was_theirs_is_theirs(old: Served) -> None:
 
 
 def test_files_put_at_once_make_one_folder(old: Served, tmp_path: Path) -> None:
-    """Many first files of a project of old that had no folder, at the same moment, are all in one new folder."""
+    """Concurrent writes of the first files of a legacy project without a folder put all files into one new folder."""
     token = login(old, "ada@example.com", "test123").json()["access_token"]
     with (
         httpx.Client(base_url=old.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as http,
@@ -467,11 +478,13 @@ def test_files_put_at_once_make_one_folder(old: Served, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["OLD-KEY", "with a space", "A3877250-ED5A-4708-B965-9CA240AD7F61", "../x", "Grüße"])
-def test_a_session_of_old_with_an_odd_key_goes_on(
+def test_a_legacy_session_with_an_odd_key_continues(
     tmp_path: Path, serve: Callable[..., Served], openclaw: StandIn, key: str
 ) -> None:
-    """A session whose key is no lower-case UUID keeps its images, takes new ones, and is deleted in the gateway under
-    the name that it had there."""
+    """A session whose key is not a lower-case UUID keeps its images, accepts new ones, and can be deleted.
+
+    The gateway is asked to delete the session under its unchanged key.
+    """
     build(tmp_path / "service.db")
     with closing(sqlite3.connect(tmp_path / "service.db")) as conn:
         conn.execute("UPDATE sessions SET session_key = ?, archived = 0 WHERE id = 60", (key,))
@@ -491,9 +504,13 @@ def test_a_session_of_old_with_an_odd_key_goes_on(
     until(lambda: gateway_key in openclaw.deleted, 10, "the session's deletion in the gateway")
 
 
-def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An account without e-mail and password cannot be signed into. What it owns can be claimed for one that can, and
-    until then each start says so."""
+def test_projects_of_an_account_without_email_can_be_claimed(
+    old: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody can log in to an account without e-mail and password. Each start logs a warning if it owns projects.
+
+    The command `claim` gives the projects to an account that can log in.
+    """
     for email in ("", "None", "null"):
         assert login(old, email, "").status_code in (401, 422)
     old.stop()
@@ -510,7 +527,7 @@ def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog
         done = claim(tmp_path, user_id, email)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     new = Served(old.settings)
-    with new:  # it can be done while the service runs
+    with new:  # `claim` works while the service runs
         done = claim(tmp_path, 1, "BOB@example.com")
         assert (done.returncode, done.stdout) == (0, "1 projects of user 1 now belong to BOB@example.com\n"), (
             done.stderr
@@ -523,21 +540,21 @@ def test_nobody_is_the_user_without_an_email(old: Served, tmp_path: Path, caplog
 
 
 def claim(directory: Path, user_id: int, email: str) -> "subprocess.CompletedProcess[str]":
-    """What an operator types."""
+    """Runs the command `claim`."""
     command = [sys.executable, "database.py", "claim", "--database", str(directory / "service.db")]
     command += ["--from-user", str(user_id), "--to", email]
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
 
 
-def test_a_claim_before_the_adoption_says_what_to_do(tmp_path: Path) -> None:
-    """It needs the new schema, which the first start makes."""
+def test_a_claim_before_the_migration_is_refused(tmp_path: Path) -> None:
+    """The error says to start the service, which migrates the database."""
     build(tmp_path / "service.db")
     done = claim(tmp_path, 1, "bob@example.com")
     assert (done.returncode, "Start the service" in done.stderr) == (4, True)
 
 
-def test_nothing_is_claimed_for_an_account_that_is_closed_too(path: Path) -> None:
-    """What nobody can reach is not given to somebody who cannot sign in either."""
+def test_nothing_is_claimed_for_an_account_without_a_password(path: Path) -> None:
+    """Projects are not given to an account to which nobody can log in."""
     build(path)
     change(path, "INSERT INTO users (id, email) VALUES (4, 'late@example.com')")
     adopt(path)

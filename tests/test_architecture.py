@@ -1,5 +1,5 @@
-"""The house keeps its shape: who imports whom, who owns what, and what is found nowhere. All of it is read from the
-syntax tree, without running a line of it."""
+"""The structure of the code: imports, owners, and what no file may contain. The tests read the syntax trees and run no
+code."""
 
 import ast
 import re
@@ -15,17 +15,18 @@ import errors
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-# From the top; a room imports from the layers below its own.
+# From top to bottom; a room imports only from the layers below its own.
 LAYERS = (
     ("serve", "demo"),
     ("handover",),
     ("app", "admin"),
     ("backup",),
-    ("project_manager", "chat_handlers", "health"),
+    ("project_manager", "chat_handlers", "health", "guard"),
     ("auth",),
     ("web",),
     ("turns",),
-    ("replies", "outbox"),
+    ("runs",),
+    ("replies", "outbox", "throttle"),
     ("database",),
     ("sql", "gateway", "image_handler"),
     ("locks", "errors", "settings", "file_utils", "telemetry", "clock", "background", "checkout"),
@@ -34,7 +35,7 @@ NOUNS = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 
 def files() -> Iterator[str]:
-    """The files of the product, without `.py`; a noun that needs several is a package: `sql/users`."""
+    """Yields the product's files without `.py`; a file of a package as `sql/users`."""
     for noun in NOUNS:
         if (CHECKOUT / noun).is_dir():
             yield from (f"{noun}/{path.stem}" for path in (CHECKOUT / noun).glob("*.py"))
@@ -44,9 +45,9 @@ def files() -> Iterator[str]:
 
 ROOMS = tuple(sorted(files()))
 PACKAGES = {noun for noun in NOUNS if (CHECKOUT / noun).is_dir()}
-BESIDE = {("file_utils", "errors")}  # the one import within a layer
-WEB = {"app", "auth", "project_manager", "chat_handlers", "web", "health"}
-# Whatever is not ours and not Python's, with the rooms that may import it.
+WITHIN_LAYER = {("file_utils", "errors")}  # the only allowed import from the same layer
+WEB = {"app", "auth", "project_manager", "chat_handlers", "web", "health", "guard"}
+# The third-party packages, each with the rooms that may import it.
 OWNERS = {
     "fastapi": WEB,
     "starlette": WEB | {"demo"},
@@ -55,16 +56,16 @@ OWNERS = {
     "aiohttp": {"gateway"},
     "passlib": {"auth"},
     "jose": {"auth"},
-    "limits": {"auth"},
+    "limits": {"throttle"},
     "email_validator": {"auth"},
     "PIL": {"image_handler"},
     "pillow_heif": {"image_handler"},
     "uvicorn": {"handover", "demo"},
     "prometheus_client": {"telemetry"},
 }
-LATE = {("handover/worker", "uvicorn")}  # a front must run where the requirements are missing or broken
+LATE = {("handover/worker", "uvicorn")}  # imported late, because a front must run even if requirements are missing
 FRAMEWORK = {"fastapi", "starlette", "pydantic"}
-NEVER_IMPORTED = {"argon2-cffi": "passlib finds it"}
+NEVER_IMPORTED = {"argon2-cffi": "passlib loads it"}
 SQL = re.compile(
     r"\b(SELECT\s.+\sFROM|SELECT\s+1|INSERT\s+(OR\s+\w+\s+)?INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM"
     r"|(CREATE|DROP|ALTER)\s+(TABLE|(UNIQUE\s+)?INDEX|TRIGGER|VIEW))\b",
@@ -81,7 +82,7 @@ each_room = pytest.mark.parametrize("room", ROOMS)
 
 @cache
 def tree(room: str) -> ast.Module:
-    """A room's syntax tree, in which each node knows its `parent`."""
+    """Returns the syntax tree of a file, in which each node has its `parent`."""
     module = ast.parse((CHECKOUT / f"{room}.py").read_text(encoding="utf-8"))
     for node in ast.walk(module):
         for child in ast.iter_child_nodes(node):
@@ -90,20 +91,20 @@ def tree(room: str) -> ast.Module:
 
 
 def above(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that a node lies in, from the inside out."""
+    """Yields the nodes that contain a node, innermost first."""
     while (parent := getattr(node, "parent", None)) is not None:
         yield parent
         node = parent
 
 
 def noun(room: str) -> str:
-    """The package that a file belongs to, or the file itself."""
+    """Returns the package of a file, or the file itself."""
     return room.partition("/")[0]
 
 
 def imports(room: str) -> Iterator[tuple[str, ast.Import | ast.ImportFrom]]:
-    """The top-level packages that a room imports, with the statements that do it. What it takes from its own
-    package, which it does relatively, is not among them."""
+    """Yields the top-level packages that a file imports, each with its statement. Relative imports from its own package
+    are left out."""
     for node in ast.walk(tree(room)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -113,27 +114,27 @@ def imports(room: str) -> Iterator[tuple[str, ast.Import | ast.ImportFrom]]:
 
 
 def imported(room: str) -> set[str]:
-    """The top-level packages that a room imports."""
+    """Returns the top-level packages that a file imports."""
     return {name for name, _ in imports(room)}
 
 
 def docstrings(room: str) -> set[int]:
-    """The identities of the constants that are docstrings."""
+    """Returns the identities of the constants that are docstrings."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     bodies = [node.body[0] for node in ast.walk(tree(room)) if isinstance(node, kinds) and node.body]
     return {id(first.value) for first in bodies if isinstance(first, ast.Expr)}
 
 
 def strings(room: str) -> Iterator[tuple[str, ast.Constant]]:
-    """The string constants of a room, those within f-strings too, without docstrings."""
-    told = docstrings(room)
+    """Yields the string constants of a file, including those in f-strings, without docstrings."""
+    documentation = docstrings(room)
     for node in ast.walk(tree(room)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
             yield node.value, node
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` for such an expression, or else an empty string."""
+    """Returns `a.b.c` for such an expression, otherwise an empty string."""
     if isinstance(node, ast.Attribute):
         inner = dotted(node.value)
         return f"{inner}.{node.attr}" if inner else ""
@@ -141,7 +142,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def called(room: str) -> Iterator[tuple[str, ast.Call]]:
-    """The calls in a room, by the last name of what is called."""
+    """Yields the calls in a file, each with the last name of the called function."""
     for node in ast.walk(tree(room)):
         if isinstance(node, ast.Call):
             function = node.func
@@ -150,13 +151,13 @@ def called(room: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 def function_of(node: ast.AST) -> str:
-    """The name of the outermost function or method that a node lies in."""
+    """Returns the name of the outermost function or method that contains a node, or an empty string."""
     names = [outer.name for outer in above(node) if isinstance(outer, Function)]
     return names[-1] if names else ""
 
 
 def where(room: str, *nodes: ast.AST) -> list[str]:
-    """Places, as an editor jumps to them."""
+    """Returns the places of nodes as `file:line`."""
     return [f"{room}.py:{getattr(node, 'lineno', 1)}" for node in nodes]
 
 
@@ -164,7 +165,7 @@ def where(room: str, *nodes: ast.AST) -> list[str]:
 
 
 def test_the_top_level_holds_the_rooms_and_nothing_else() -> None:
-    """A new file at the top is a new room, and has to be given a layer first."""
+    """A new file at the top level is a new room, and needs a layer first."""
     found = {path.stem for path in CHECKOUT.glob("*.py")}
     found |= {path.parent.name for path in CHECKOUT.glob("*/__init__.py")} - {"tests"}
     assert found == set(NOUNS)
@@ -172,19 +173,19 @@ def test_the_top_level_holds_the_rooms_and_nothing_else() -> None:
 
 @each_room
 def test_imports_run_downward(room: str) -> None:
-    """A room imports from layers below its own, never from beside or above."""
+    """A room imports only from layers below its own."""
     wrong = [
         (*where(room, node), name)
         for name, node in imports(room)
-        if name in NOUNS and NOUNS[name] <= NOUNS[noun(room)] and (room, name) not in BESIDE
+        if name in NOUNS and NOUNS[name] <= NOUNS[noun(room)] and (room, name) not in WITHIN_LAYER
     ]
     assert not wrong
 
 
 @each_room
 def test_a_package_has_one_door(room: str) -> None:
-    """Code outside a package names the package alone: `sql.begin_turn`, never a file of it. Code inside it imports
-    its sibling files relatively, and never through the door."""
+    """Code outside of a package names only the package: `sql.begin_turn`, never a file of it. Code in a package imports
+    the files next to it relatively, never through the package's name."""
     inside = {(package, path.stem) for package in PACKAGES for path in (CHECKOUT / package).glob("*.py")}
     wrong: list[ast.AST] = []
     for node in ast.walk(tree(room)):
@@ -204,9 +205,9 @@ def test_a_package_has_one_door(room: str) -> None:
 
 @each_room
 def test_imports_stand_at_the_top(room: str) -> None:
-    """No import hides in a function or behind a condition, and none comes after the first other statement."""
+    """No import is in a function or a condition, or follows another statement."""
     first, *rest = tree(room).body
-    assert isinstance(first, ast.Expr), "a room begins with what it is"
+    assert isinstance(first, ast.Expr), "a file begins with a docstring"
     past = False
     at_the_top = set()
     for node in rest:
@@ -220,19 +221,19 @@ def test_imports_stand_at_the_top(room: str) -> None:
 
 @each_room
 def test_a_room_imports_what_is_its_to_import(room: str) -> None:
-    """Each third-party package has its room, so that replacing it touches one file."""
+    """Each third-party package belongs to a room, so that replacing it changes one file."""
     foreign = imported(room) - set(NOUNS) - sys.stdlib_module_names
     assert not {name for name in foreign if noun(room) not in OWNERS.get(name, ())}
 
 
 @pytest.mark.parametrize("package", sorted(OWNERS.keys() - FRAMEWORK))
 def test_a_package_has_one_owner(package: str) -> None:
-    """Exactly one room imports it, and that one does."""
+    """Exactly one room imports the package: its owner."""
     assert {noun(room) for room in ROOMS if package in imported(room)} == OWNERS[package]
 
 
 def test_errors_is_the_ground() -> None:
-    """`errors` imports nothing of ours and knows no status: those are the map's in `web`."""
+    """`errors` imports no other room and contains no HTTP status: the map in `web` has those."""
     assert not imported("errors") - sys.stdlib_module_names
     numbers = [
         node
@@ -250,8 +251,8 @@ OPEN_CONNECTIONS = {"sql", "database", "backup", "admin"}
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if noun(room) != "sql"])
 def test_a_statement_is_in_sql(room: str) -> None:
-    """Nobody else writes one. What belongs to a connection, a PRAGMA or a BEGIN, may also stand where connections
-    are opened; the other rooms run nothing and open nothing."""
+    """SQL statements are only in `sql`. PRAGMA and BEGIN belong to a connection and may also be in the rooms that open
+    connections; all other rooms open no connection and run no statement."""
     wrong: list[ast.AST] = [node for text, node in strings(room) if SQL.search(text)]
     if room not in OPEN_CONNECTIONS:
         wrong += [node for text, node in strings(room) if OF_A_CONNECTION.search(text)]
@@ -261,13 +262,13 @@ def test_a_statement_is_in_sql(room: str) -> None:
 
 
 def test_what_sql_looks_like_is_known() -> None:
-    """The search above finds the statements that there are, or it would prove nothing of the others."""
+    """The pattern finds the statements that exist. Otherwise the test above would prove nothing."""
     assert sum(bool(SQL.search(text)) for room in ROOMS if noun(room) == "sql" for text, _ in strings(room)) > 80
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "settings"])
 def test_the_environment_is_read_in_settings(room: str) -> None:
-    """Nobody else looks at it, for a setting that is read in two places has two meanings sooner or later."""
+    """Only `settings` reads the environment: a setting that is read in two places sooner or later has two meanings."""
     names = {"environ", "environb", "getenv", "getenvb"}
     looks = [node for node in ast.walk(tree(room)) if isinstance(node, ast.Attribute) and node.attr in names]
     taken = [node for _, node in imports(room) if names & {alias.name for alias in node.names}]
@@ -276,14 +277,14 @@ def test_the_environment_is_read_in_settings(room: str) -> None:
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "web"])
 def test_http_exception_is_webs(room: str) -> None:
-    """Errors are raised in words; what they are in HTTP is said in one place."""
+    """Code below the routes raises the exceptions of `errors`; only `web` turns them into HTTP."""
     raised = [node for node in ast.walk(tree(room)) if dotted(node).endswith("HTTPException")]
     taken = [node for _, node in imports(room) if "HTTPException" in {alias.name for alias in node.names}]
     assert not where(room, *raised, *taken)
 
 
 def test_the_gateways_request_is_built_once() -> None:
-    """Text, image, streamed or not: one function makes the chat body, and names the conversation."""
+    """One function builds the chat body and names the conversation, for text and images, streamed or not."""
     bodies = [
         (room, function_of(node))
         for room in ROOMS
@@ -298,12 +299,12 @@ def test_the_gateways_request_is_built_once() -> None:
     assert callers == ["gateway/client"]
 
 
-# --- what is found nowhere ----------------------------------------------------------------------------
+# --- what no file may contain -------------------------------------------------------------------------
 
 
 @each_room
 def test_nothing_prints(room: str) -> None:
-    """What a service has to say goes to its log; `database`, run as a program, may talk to its operator."""
+    """The service writes to its log. Only `database`, run as a program, may print."""
 
     def as_a_program(node: ast.AST) -> bool:
         tests = [ast.unparse(outer.test) for outer in above(node) if isinstance(outer, ast.If)]
@@ -314,7 +315,7 @@ def test_nothing_prints(room: str) -> None:
 
 @each_room
 def test_no_error_is_swallowed(room: str) -> None:
-    """No bare `except`, none that does nothing, and nothing that suppresses every error."""
+    """There is no bare `except`, no handler that does nothing, and no `suppress` of all errors."""
     handlers = [node for node in ast.walk(tree(room)) if isinstance(node, ast.ExceptHandler)]
     bare = [handler for handler in handlers if handler.type is None]
     silent = [handler for handler in handlers if all(_does_nothing(statement) for statement in handler.body)]
@@ -332,18 +333,20 @@ def _does_nothing(statement: ast.stmt) -> bool:
     )
 
 
-# --- how it reads -------------------------------------------------------------------------------------
+# --- documentation and size ---------------------------------------------------------------------------
 
 
 def is_plain(node: ast.ClassDef) -> bool:
-    """A model of a body or a row: fields, and no more, which say themselves what they are."""
+    """Returns whether a class is a request body, a response body or a row that only has fields, whose names explain
+    it."""
     bases = {dotted(base).rpartition(".")[2] for base in node.bases}
     fields = all(isinstance(statement, ast.AnnAssign | ast.Expr) for statement in node.body)
     return fields and bool(bases & {"BaseModel", "Body", "NamedTuple"})
 
 
 def public(room: str) -> Iterator[ast.ClassDef | Function]:
-    """The classes, functions and methods that others may use: no name on the way to them begins with `_`."""
+    """Yields the public classes, functions and methods: neither their names nor those of their scopes begin with
+    `_`."""
     for node in ast.walk(tree(room)):
         if not isinstance(node, ast.ClassDef | Function) or node.name.startswith("_"):
             continue
@@ -354,7 +357,7 @@ def public(room: str) -> Iterator[ast.ClassDef | Function]:
 
 @each_room
 def test_what_others_use_is_explained(room: str) -> None:
-    """Every public class, function and method has a docstring, except bodies and rows that are fields alone."""
+    """Every public class, function and method has a docstring, except classes that only have fields."""
     silent = [
         f"{place} {node.name}"
         for node in public(room)
@@ -366,7 +369,7 @@ def test_what_others_use_is_explained(room: str) -> None:
 
 @each_room
 def test_functions_fit_on_a_screen(room: str) -> None:
-    """No function is longer than that, its decorators and docstring counted."""
+    """A function has at most MOST_LINES lines, including its decorators and docstring."""
     long = []
     for node in ast.walk(tree(room)):
         if isinstance(node, Function):
@@ -379,7 +382,7 @@ def test_functions_fit_on_a_screen(room: str) -> None:
 
 @each_room
 def test_a_file_can_be_held_in_the_head(room: str) -> None:
-    """No file has more lines than that: a longer one is more than one noun."""
+    """A file has at most MOST_LINES_OF_A_FILE lines. A longer one has more than one concern."""
     assert len((CHECKOUT / f"{room}.py").read_text(encoding="utf-8").splitlines()) <= MOST_LINES_OF_A_FILE
 
 
@@ -387,7 +390,7 @@ def test_a_file_can_be_held_in_the_head(room: str) -> None:
 
 
 def requirements() -> dict[str, tuple[str, str]]:
-    """The requirements: distribution → (the rest of its line, the comment on it)."""
+    """Returns the requirements: distribution → (the rest of its line, the comment on it)."""
     found = {}
     for line in (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         asked, _, comment = line.partition("#")
@@ -400,12 +403,12 @@ def requirements() -> dict[str, tuple[str, str]]:
 
 @cache
 def distributions() -> dict[str, list[str]]:
-    """The installed packages: top-level name → the distributions that bring it."""
+    """Returns the installed packages: top-level name → the distributions that contain it."""
     return dict(packages_distributions())
 
 
 def importers(distribution: str) -> set[str]:
-    """The rooms that import something of a distribution."""
+    """Returns the rooms that import a package of a distribution."""
     wanted = _canonical(distribution)
     packages = {name for name, owners in distributions().items() if wanted in map(_canonical, owners)}
     return {noun(room) for room in ROOMS if packages & imported(room)}
@@ -417,7 +420,7 @@ def _canonical(distribution: str) -> str:
 
 @pytest.mark.parametrize("distribution", sorted(requirements()))
 def test_a_requirement_is_pinned_and_used(distribution: str) -> None:
-    """Each names one version, is imported by a room, and by the one that its line names."""
+    """Each requirement names one version and is imported by a room: by the one that the comment on its line names."""
     rest, comment = requirements()[distribution]
     assert re.fullmatch(r"(\[[a-z0-9,_-]+\])?==[0-9][A-Za-z0-9.]*", rest)
     if distribution in NEVER_IMPORTED:
@@ -429,8 +432,8 @@ def test_a_requirement_is_pinned_and_used(distribution: str) -> None:
 
 
 def test_every_import_is_required() -> None:
-    """What a room imports is named in the requirements, and does not come along with something else by chance."""
-    required = {_canonical(name) for name in requirements()} | {"starlette"}  # which is FastAPI's own ground
+    """What a room imports is in the requirements, and is not installed only because another package depends on it."""
+    required = {_canonical(name) for name in requirements()} | {"starlette"}  # FastAPI depends on it by design
     missing = {
         package
         for package in OWNERS
@@ -439,25 +442,25 @@ def test_every_import_is_required() -> None:
     assert not missing
 
 
-# --- codes --------------------------------------------------------------------------------------------
+# --- error codes --------------------------------------------------------------------------------------
 
 
 def raised(room: str) -> Iterator[tuple[str, str | None, ast.Call]]:
-    """The errors that a room makes: class, the code it is given, the call."""
+    """Yields the errors that a file creates: the name of the class, its `code` argument or None, and the call."""
     for node in ast.walk(tree(room)):
         if isinstance(node, ast.Call):
             module, _, name = dotted(node.func).rpartition(".")
             if module == "errors" and isinstance(getattr(errors, name, None), type):
                 given = [word.value for word in node.keywords if word.arg == "code"]
                 codes = [str(code.value) for code in given if isinstance(code, ast.Constant)]
-                if len(codes) == len(given):  # one that is handed on was looked at where it was written
+                if len(codes) == len(given):  # a code that is not a constant is checked where it is written
                     yield name, codes[0] if codes else None, node
 
 
 @each_room
 def test_a_code_belongs_to_the_class_that_is_raised(room: str) -> None:
-    """Each error is made with a code of `errors.CODES`, its own or its class's, and by the class that has it there,
-    so that a code has one status wherever it comes from."""
+    """Each error is created with a code of `errors.CODES`, its own or that of its class, and by the class that CODES
+    gives for it. Otherwise a code could have two statuses."""
     wrong = []
     for name, code, call in raised(room):
         kind = getattr(errors, name)
@@ -468,15 +471,15 @@ def test_a_code_belongs_to_the_class_that_is_raised(room: str) -> None:
 
 @each_room
 def test_a_route_names_codes_that_exist(room: str) -> None:
-    """What a route says of its errors is made of codes that there are."""
-    told = [
+    """The codes that routes declare and errors carry exist in `errors.CODES`."""
+    declared = [
         (argument.value, *where(room, call))
         for _, call in called(room)
         if dotted(call.func) == "errors.raises"
         for argument in ast.walk(call)
         if isinstance(argument, ast.Constant)
     ]
-    assert not [(code, place) for code, place in told if code not in errors.CODES]
+    assert not [(code, place) for code, place in declared if code not in errors.CODES]
     words = [word for _, call in called(room) for word in call.keywords if word.arg == "code"]
     codes = [word.value.value for word in words if isinstance(word.value, ast.Constant)]
     assert not [code for code in codes if code not in errors.CODES]

@@ -1,4 +1,4 @@
-"""Signing up, in and out, and who a token speaks for."""
+"""Sign-up, login, passwords and access tokens."""
 
 import base64
 import hashlib
@@ -20,28 +20,31 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+import auth
+import errors
+
 from .conftest import make_settings
 from .service import JSON, Person, Served, until
 from .stand_in import StandIn
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-LONE_SURROGATE = '"\\ud800 and more"'  # valid JSON for what is no Unicode text
-HTTP = httpx.Client(timeout=60, trust_env=False, limits=httpx.Limits(max_connections=None))  # of nobody
+LONE_SURROGATE = '"\\ud800 and more"'  # valid JSON for a string that cannot be encoded as UTF-8
+HTTP = httpx.Client(timeout=60, trust_env=False, limits=httpx.Limits(max_connections=None))  # without a token
 Serve = Callable[..., Served]
 Forge = Callable[[JSON], str]
 
 
 @pytest.fixture(scope="module")
 def openclaw() -> Iterator[StandIn]:
-    """One gateway for all tests here."""
+    """One gateway for all tests of this file."""
     with StandIn() as gateway:
         yield gateway
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, openclaw: StandIn) -> Iterator[Served]:
-    """One app for all tests that do not need one of their own."""
+    """One app for all tests that do not need their own."""
     with Served(make_settings(tmp_path_factory.mktemp("auth"), openclaw)) as app:
         yield app
 
@@ -54,28 +57,28 @@ def carol(served: Served) -> Iterator[Person]:
 
 
 def post(app: Served, path: str, **body: object) -> httpx.Response:
-    """A request of somebody who has no token."""
+    """Sends a POST request without a token."""
     return HTTP.post(app.url + path, json=body)
 
 
 def log_in(app: Served, email: str, password: str) -> httpx.Response:
-    """A login."""
+    """Logs in."""
     return post(app, "/auth/login", email=email, password=password)
 
 
 def me(app: Served, token: str) -> httpx.Response:
-    """Who a token speaks for."""
+    """Requests the account that a token belongs to."""
     return HTTP.get(f"{app.url}/auth/me", headers={"Authorization": f"Bearer {token}"})
 
 
 def rows(app: Served, sql: str, *values: object) -> list[tuple[object, ...]]:
-    """What the database says, asked or told beside the app."""
+    """Runs a statement on the database behind the app's back, and returns its rows."""
     with closing(sqlite3.connect(app.settings.db_path, timeout=10)) as conn, conn:
         return conn.execute(sql, values).fetchall()
 
 
 def insert_user(app: Served, email: str | None, password: str | None) -> None:
-    """An account that no sign-up of ours made."""
+    """Inserts an account with any e-mail and hash, as a legacy database can contain."""
     rows(
         app,
         "INSERT INTO users (email, email_key, password, created_at) VALUES (?, ?, ?, '2024-01-01T00:00:00.000Z')",
@@ -84,20 +87,20 @@ def insert_user(app: Served, email: str | None, password: str | None) -> None:
 
 
 def attempts_until_429(app: Served, email: str) -> httpx.Response:
-    """The refusal that follows wrong passwords for an e-mail."""
+    """Logs in with wrong passwords until the answer is 429, and returns that answer."""
     for number in range(50):
         answer = log_in(app, email, f"wrong {number}")
         if answer.status_code == 429:
             return answer
         assert answer.status_code == 401
-    pytest.fail("50 wrong passwords in a row were let through")
+    pytest.fail("50 wrong passwords in a row did not lead to a 429")
 
 
-# --- signing up and in --------------------------------------------------------------------------------
+# --- sign-up and login --------------------------------------------------------------------------------
 
 
 def test_signing_up_and_in_answer_with_the_token_object(served: Served) -> None:
-    """Both routes answer with exactly the contract's token object, and `/auth/me` with its user."""
+    """Both routes return exactly the documented token object, and `/auth/me` returns its user."""
     signed_up = post(served, "/auth/signup", email="Grace@Example.com", password="12345678", name=" Grace ")
     logged_in = log_in(served, "Grace@Example.com", "12345678")
     assert (signed_up.status_code, logged_in.status_code) == (201, 200)
@@ -123,12 +126,12 @@ def test_signing_up_and_in_answer_with_the_token_object(served: Served) -> None:
 
 
 def test_a_name_is_optional(served: Served) -> None:
-    """Without a name the account has none."""
+    """An account that signs up without a name has the name null."""
     assert post(served, "/auth/signup", email="noname@example.com", password="12345678").json()["user"]["name"] is None
 
 
 def test_token_ttl_is_how_long_a_token_lives(serve: Serve) -> None:
-    """`expires_in` and the token itself say what `TOKEN_TTL` says."""
+    """`expires_in` and the lifetime of the token are `TOKEN_TTL`."""
     with serve(token_ttl=61).person() as person:
         answer = person.http.post("/auth/login", json={"email": person.email, "password": person.password}).json()
     claims = claims_of(answer["token"])
@@ -146,7 +149,7 @@ def test_token_ttl_is_how_long_a_token_lives(serve: Serve) -> None:
     ids=["upper", "lower", "blanks", "beyond-ascii"],
 )
 def test_an_email_is_one_account_in_any_spelling(served: Served, first: str, second: str) -> None:
-    """An e-mail in another case, or with blanks around it, is taken when signing up and known when logging in."""
+    """E-mails are compared without case and without surrounding white space, at sign-up and at login."""
     made = post(served, "/auth/signup", email=first, password="12345678")
     again = post(served, "/auth/signup", email=second, password="another one")
     assert (made.status_code, again.status_code, again.json()["code"]) == (201, 409, "email_taken")
@@ -155,7 +158,7 @@ def test_an_email_is_one_account_in_any_spelling(served: Served, first: str, sec
 
 
 def test_of_racing_signups_one_wins(served: Served) -> None:
-    """Many sign-ups for one e-mail at the same moment make one account; all others are told that it is taken."""
+    """Of several simultaneous sign-ups with one e-mail, one succeeds; all others get `email_taken`."""
     start = threading.Barrier(12)
 
     def sign_up(number: int) -> tuple[int, str | None]:
@@ -172,7 +175,7 @@ def test_of_racing_signups_one_wins(served: Served) -> None:
 
 @pytest.mark.parametrize("signup", ["closed", "open sesame"])
 def test_signing_up_may_be_closed_or_need_an_invite(serve: Serve, signup: str) -> None:
-    """`SIGNUP=closed` lets nobody in; an invite code lets in who sends just that, and nobody else."""
+    """`SIGNUP=closed` refuses every sign-up; an invite code accepts only a sign-up that sends exactly this code."""
     app = serve(signup=SecretStr(signup))
     account = {"email": "invited@example.com", "password": "12345678"}
     invites = [{}, *({"invite": code} for code in (None, "", "open", "closed", "OPEN SESAME", "open sesame ", "é"))]
@@ -186,7 +189,7 @@ def test_signing_up_may_be_closed_or_need_an_invite(serve: Serve, signup: str) -
     assert rows(app, "SELECT count(*) FROM users") == [(0 if signup == "closed" else 1,)]
 
 
-# --- what is refused as it is -------------------------------------------------------------------------
+# --- invalid values -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,8 @@ def test_signing_up_may_be_closed_or_need_an_invite(serve: Serve, signup: str) -
     ids=["7", "8", "8-beyond-ascii", "1024", "1025", "1024-of-4-bytes", "NUL"],
 )
 def test_a_password_has_8_to_1024_characters(served: Served, ada: Person, password: str, status: int) -> None:
-    """The limits count characters, hold when signing up and when changing it, and what is taken logs in."""
+    """The limits are in characters and hold at sign-up and at a password change. A password within the limits can log
+    in."""
     email = f"other-{ada.email}"
     signed_up = post(served, "/auth/signup", email=email, password=password)
     changed = ada.http.put("/auth/password", json={"current_password": ada.password, "new_password": password})
@@ -223,7 +227,7 @@ def test_a_password_has_8_to_1024_characters(served: Served, ada: Person, passwo
     ],
 )
 def test_a_malformed_email_is_refused(served: Served, email: str) -> None:
-    """What is no e-mail makes no account, and the refusal repeats neither it nor the password."""
+    """A malformed e-mail creates no account, and the error repeats neither the e-mail nor the password."""
     answer = post(served, "/auth/signup", email=email, password="a password to keep")
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
     assert [item["loc"] for item in answer.json()["detail"]] == [["body", "email"]]
@@ -233,7 +237,7 @@ def test_a_malformed_email_is_refused(served: Served, email: str) -> None:
 
 @pytest.mark.parametrize("domain", ["localhost", "box.local", "company.test", "nowhere.invalid", "intranet"])
 def test_an_email_need_not_be_deliverable(served: Served, domain: str) -> None:
-    """Nothing is sent to an e-mail: one of a local network, or of no network, is as good as any."""
+    """Nothing is ever sent to an e-mail, so domains of private networks are accepted."""
     assert post(served, "/auth/signup", email=f"ada@{domain}", password="12345678").status_code == 201
 
 
@@ -251,7 +255,7 @@ BODIES: dict[tuple[str, str], JSON] = {
     [(method, path, field) for (method, path), body in BODIES.items() for field in body],
 )
 def test_what_is_no_text_is_refused(carol: Person, method: str, path: str, field: str, wrong: str) -> None:
-    """Half a surrogate pair, or another type, in any field of any route is a 422 that says where."""
+    """A lone surrogate or a wrong type in any field of any route gets a 422 that names the field."""
     body = json.dumps({**BODIES[method, path], field: "@"}).replace('"@"', wrong)
     answer = carol.http.request(method, path, content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
@@ -261,7 +265,7 @@ def test_what_is_no_text_is_refused(carol: Person, method: str, path: str, field
 
 @pytest.mark.parametrize("text", ["'; DROP TABLE users; --", "' OR '1'='1", '" OR ""="', "%", "_", "\\", "{0}", "$1"])
 def test_sql_is_text(served: Served, ada: Person, text: str) -> None:
-    """SQL in a name, a password or an e-mail is that text and nothing more."""
+    """SQL in a name, a password or an e-mail is stored as text and not executed."""
     email = f"sql-{ada.email}"
     made = post(served, "/auth/signup", email=email, password=text * 8, name=text)
     assert (made.status_code, made.json()["user"]["name"]) == (201, text)
@@ -276,7 +280,7 @@ def test_sql_is_text(served: Served, ada: Person, text: str) -> None:
 
 @pytest.fixture
 def old_accounts(served: Served, ada: Person) -> JSON:
-    """E-mails with which a wrong password must take as long, and say the same, as with Ada's."""
+    """E-mails for which a wrong password must get the same answer, after the same time, as for Ada's account."""
     hashes = {
         "no password": None,
         "empty password": "",
@@ -298,7 +302,7 @@ KINDS = ["unknown", "no password", "empty password", "SHA-256", "plain text", "h
 def test_a_failed_login_says_the_same_of_every_email(
     served: Served, ada: Person, old_accounts: JSON, kind: str
 ) -> None:
-    """An unknown e-mail, or an account that cannot be logged into, answers as a wrong password does."""
+    """An unknown e-mail, and an account without a valid hash, get the same answer as a wrong password."""
     wrong, other = log_in(served, ada.email, "not hers"), log_in(served, old_accounts[kind], "not hers")
     assert (wrong.status_code, wrong.json()["code"]) == (401, "invalid_credentials")
     assert wrong.headers["WWW-Authenticate"] == "Bearer"
@@ -310,7 +314,7 @@ def test_a_failed_login_says_the_same_of_every_email(
 def test_a_failed_login_takes_the_same_time_for_every_email(
     served: Served, ada: Person, old_accounts: JSON, kind: str
 ) -> None:
-    """Nobody can tell by the clock which e-mails have an account: a password is hashed for each."""
+    """The time of an answer does not reveal which e-mails have an account, because each attempt computes one hash."""
 
     def seconds(email: str) -> float:
         started = time.perf_counter()
@@ -324,7 +328,7 @@ def test_a_failed_login_takes_the_same_time_for_every_email(
 
 @pytest.mark.parametrize("password", [None, ""])
 def test_an_account_without_a_password_cannot_be_logged_into(served: Served, password: str | None) -> None:
-    """Where there is no hash, or no e-mail, no password is the right one."""
+    """No password can log in to an account without a hash or without an e-mail."""
     insert_user(served, None, hashlib.sha256(b"long ago").hexdigest())
     email = f"without-{password is None}@example.com"
     insert_user(served, email, password)
@@ -334,7 +338,8 @@ def test_an_account_without_a_password_cannot_be_logged_into(served: Served, pas
 
 
 def test_a_login_makes_a_hash_of_old_a_good_one(served: Served) -> None:
-    """An unsalted SHA-256 becomes argon2id at the first right login, not at a wrong one, and goes on working."""
+    """The first successful login replaces an unsalted SHA-256 hash by an argon2id one; a failed login does not. The
+    password stays valid."""
     email, old = "legacy@example.com", hashlib.sha256("pässword".encode()).hexdigest()
     insert_user(served, email, old)
     for wrong in ("wrong", old):
@@ -349,7 +354,8 @@ def test_a_login_makes_a_hash_of_old_a_good_one(served: Served) -> None:
 
 
 def test_repeated_wrong_passwords_have_to_wait(served: Served, ada: Person, bob: Person) -> None:
-    """Too many wrong passwords for an e-mail, however spelled, get 429; another e-mail can still log in."""
+    """Too many wrong passwords for an e-mail, in any case and with spaces around it, get a 429. Another e-mail can
+    still log in."""
     refused = attempts_until_429(served, ada.email)
     assert refused.json()["code"] == "too_many_attempts"
     assert 1 <= int(refused.headers["Retry-After"]) <= 900
@@ -360,7 +366,7 @@ def test_repeated_wrong_passwords_have_to_wait(served: Served, ada: Person, bob:
 
 
 def test_guessing_in_parallel_gives_no_more_guesses(served: Served, ada: Person, bob: Person) -> None:
-    """As many wrong passwords are tried, all at once or one after the other, before the 429."""
+    """The number of wrong passwords before the 429 is the same whether they are sent one by one or at the same time."""
     guesses = 0
     while log_in(served, ada.email, "wrong").status_code == 401:
         guesses += 1
@@ -378,7 +384,7 @@ def test_guessing_in_parallel_gives_no_more_guesses(served: Served, ada: Person,
 
 @pytest.mark.parametrize("email", ["{email}", "user {id}", "{id}"])
 def test_a_stranger_cannot_keep_a_signed_in_user_from_a_new_password(served: Served, ada: Person, email: str) -> None:
-    """Wrong logins, whatever e-mail they name, do not count against who has a token."""
+    """Failed logins, with any e-mail, do not affect users who have a token."""
     user = ada.http.get("/auth/me").json()
     attempts_until_429(served, email.format(**user))
     changed = ada.http.put("/auth/password", json={"current_password": ada.password, "new_password": "another one"})
@@ -389,7 +395,7 @@ def test_a_stranger_cannot_keep_a_signed_in_user_from_a_new_password(served: Ser
     ("method", "path", "field"), [("PUT", "password", "current_password"), ("DELETE", "me", "password")]
 )
 def test_a_stolen_token_does_not_help_to_guess_the_password(ada: Person, method: str, path: str, field: str) -> None:
-    """The routes that ask for the password again refuse after too many wrong ones, the right one too."""
+    """The routes that require the password return 429 after too many wrong ones, then also for the right one."""
     body = {field: "wrong", "new_password": "another one"}
     answers = [ada.http.request(method, f"/auth/{path}", json=body) for _ in range(20)]
     statuses = [answer.status_code for answer in answers]
@@ -401,11 +407,11 @@ def test_a_stolen_token_does_not_help_to_guess_the_password(ada: Person, method:
     assert ada.http.get("/auth/me").status_code == 200
 
 
-# --- what ends a token --------------------------------------------------------------------------------
+# --- revoked tokens -----------------------------------------------------------------------------------
 
 
 def test_logging_out_refuses_this_token_for_good(serve: Serve) -> None:
-    """A token is refused from its logout on, after a restart too; the user's other tokens go on."""
+    """A token is refused after its logout, also after a restart. The user's other tokens stay valid."""
     app = serve()
     with app.person() as ada:
         other = log_in(app, ada.email, ada.password).json()["token"]
@@ -419,7 +425,7 @@ def test_logging_out_refuses_this_token_for_good(serve: Serve) -> None:
 
 
 def test_a_new_password_refuses_every_earlier_token(serve: Serve) -> None:
-    """After a change all tokens made before are refused, after a restart too; the one it returns works."""
+    """A password change revokes all earlier tokens, also after a restart. The token that it returns is valid."""
     app = serve()
     with app.person() as ada:
         other = log_in(app, ada.email, ada.password).json()["token"]
@@ -440,7 +446,8 @@ def test_a_new_password_refuses_every_earlier_token(serve: Serve) -> None:
 
 
 def test_deleting_the_account_deletes_all_it_owns(served: Served, openclaw: StandIn, ada: Person, bob: Person) -> None:
-    """With the right password the account, its rows, folders, images and gateway sessions go, and nobody else's."""
+    """With the right password, the account and its rows, folders, images and conversations in the gateway are deleted.
+    Those of other users are not."""
     owned: dict[str, tuple[JSON, JSON, Path, Path]] = {}
     for person in (ada, bob):
         project = person.project()
@@ -477,7 +484,7 @@ def test_deleting_the_account_deletes_all_it_owns(served: Served, openclaw: Stan
 
 
 def test_a_deleted_email_may_sign_up_anew(served: Served, ada: Person) -> None:
-    """The new account is another one: the old token does not speak for it."""
+    """A new account with the same e-mail is another account: the old token is not valid for it."""
     old = ada.http.get("/auth/me").json()["id"]
     ada.delete("/auth/me", password=ada.password)
     made = post(served, "/auth/signup", email=ada.email, password=ada.password)
@@ -490,7 +497,7 @@ def test_a_deleted_email_may_sign_up_anew(served: Served, ada: Person) -> None:
 
 
 def test_the_secret_is_made_once_and_for_its_owner_alone(serve: Serve) -> None:
-    """Without `JWT_SECRET` one is generated with mode 0600, and a restart keeps it: tokens go on working."""
+    """Without `JWT_SECRET`, a secret is generated with mode 0600. A restart uses the same one, so tokens stay valid."""
     app = serve(jwt_secret=None)
     file = app.settings.data / "secret.key"
     with app.person() as ada:
@@ -507,7 +514,7 @@ def test_the_secret_is_made_once_and_for_its_owner_alone(serve: Serve) -> None:
 
 
 def test_a_given_secret_is_not_written_down(serve: Serve) -> None:
-    """`JWT_SECRET` makes no file; with another one the tokens are refused."""
+    """With `JWT_SECRET` no file is written. With another `JWT_SECRET`, old tokens are refused."""
     app = serve()
     with app.person() as ada:
         assert not (app.settings.data / "secret.key").exists()
@@ -515,10 +522,10 @@ def test_a_given_secret_is_not_written_down(serve: Serve) -> None:
     assert me(serve(jwt_secret=SecretStr("another secret of the tests, long too")), ada.token).status_code == 401
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the server's thread exits
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the server's thread fails
 @pytest.mark.parametrize("content", [b"", b"short\n"])
 def test_a_spoilt_secret_is_not_signed_with(tmp_path: Path, openclaw: StandIn, content: bytes) -> None:
-    """A `secret.key` that is empty or short stops the start: anybody could guess it and forge tokens."""
+    """An empty or short `secret.key` stops the start, because it could be guessed and tokens forged with it."""
     (tmp_path / "secret.key").write_bytes(content)
     app = Served(make_settings(tmp_path, openclaw, jwt_secret=None))
     with pytest.raises(AssertionError, match="the app did not start"), app:
@@ -529,12 +536,12 @@ def test_a_spoilt_secret_is_not_signed_with(tmp_path: Path, openclaw: StandIn, c
 
 
 def encode(data: bytes) -> str:
-    """Base64 as tokens have it."""
+    """Returns base64 as JWTs use it."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def claims_of(token: str) -> JSON:
-    """What a token says."""
+    """Returns the claims of a token without checking its signature."""
     claims: JSON = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
     return claims
 
@@ -546,34 +553,34 @@ GOOD_SECRET = b"a secret of the tests, long enough"
 def sign(
     claims: JSON, header: JSON | list[str] | None = None, secret: bytes = GOOD_SECRET, digest: str = "sha256"
 ) -> str:
-    """A token signed as the service signs, where the arguments do not say otherwise."""
+    """Returns a token that is signed as the service signs it, except for what the arguments change."""
     key = hmac.digest(secret, b"access-token", "sha256")
     text = f"{encode(json.dumps(HS256 if header is None else header).encode())}.{encode(json.dumps(claims).encode())}"
     return f"{text}.{encode(hmac.digest(key, text.encode(), digest))}"
 
 
 def without(name: str) -> Forge:
-    """A signed token that lacks a claim."""
+    """Returns a function that forges a correctly signed token without one claim."""
     return lambda claims: sign({key: value for key, value in claims.items() if key != name})
 
 
 def with_(**changes: object) -> Forge:
-    """A signed token with other claims."""
+    """Returns a function that forges a correctly signed token with changed claims."""
     return lambda claims: sign({**claims, **changes})
 
 
 def with_header(header: JSON | list[str], digest: str = "sha256") -> Forge:
-    """A signed token with another header."""
+    """Returns a function that forges a signed token with another header."""
     return lambda claims: sign(claims, header, digest=digest)
 
 
 def unsigned(header: JSON) -> Forge:
-    """A token without a signature."""
+    """Returns a function that forges a token without a signature."""
     return lambda claims: f"{encode(json.dumps(header).encode())}.{encode(json.dumps(claims).encode())}."
 
 
 def changed(part: int) -> Forge:
-    """A signed token with one character in the middle of a part replaced."""
+    """Returns a function that forges a token by changing one character in the middle of one of its three parts."""
 
     def forge(claims: JSON) -> str:
         parts = sign(claims).split(".")
@@ -626,7 +633,7 @@ FORGED: dict[str, Forge] = {
     "ver is null": with_(ver=None),
     "jti is null": with_(jti=None),
     "jti is no Unicode": with_(jti="\ud800"),
-    "claims that are a list": lambda _: sign([1]),  # type: ignore[arg-type]  # the wrong type is the test
+    "claims that are a list": lambda _: sign([1]),  # type: ignore[arg-type]  # the test is about this wrong type
     "nested deeply": lambda _: f"{encode(b'[' * 700)}.e30.AAAA",
     "two parts": lambda claims: sign(claims).rpartition(".")[0],
     "four parts": lambda claims: sign(claims) + ".AAAA",
@@ -641,14 +648,14 @@ FORGED: dict[str, Forge] = {
 
 @pytest.mark.parametrize("kind", FORGED)
 def test_a_forged_token_is_refused(served: Served, carol: Person, kind: str) -> None:
-    """Whatever is not exactly a token of ours, whole and of this time, is a 401 that names the scheme."""
+    """Every token that the service has not issued, or that has expired, gets a 401 with `WWW-Authenticate`."""
     answer = me(served, FORGED[kind](claims_of(carol.token)))
     assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
     assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
 def test_what_is_forged_here_would_work_if_it_were_ours(served: Served, carol: Person) -> None:
-    """A token that these tests sign with the right claims is taken: the refusals are not of their making."""
+    """A token that the tests sign with valid claims is accepted. Otherwise the refusals above would prove nothing."""
     assert me(served, sign(claims_of(carol.token))).status_code == 200
 
 
@@ -672,8 +679,26 @@ def test_what_is_forged_here_would_work_if_it_were_ours(served: Served, carol: P
     ],
 )
 def test_the_header_is_bearer_and_a_token(served: Served, carol: Person, header: bytes | None, status: int) -> None:
-    """The scheme counts in any case; another one, none, or bytes that are no text are a 401."""
+    """The scheme `Bearer` is accepted in any case. Another scheme, none, or bytes that are not ASCII get a 401."""
     headers = [] if header is None else [(b"Authorization", header.replace(b"{token}", carol.token.encode()))]
     answer = HTTP.get(f"{served.url}/auth/me", headers=headers)
     assert answer.status_code == status
     assert answer.headers.get("WWW-Authenticate") == (None if status == 200 else "Bearer")
+
+
+@pytest.mark.parametrize("fault", ["readable by the group", "readable by all", "a link"])
+def test_a_secret_that_others_may_have_read_stops_the_start(tmp_path: Path, openclaw: StandIn, fault: str) -> None:
+    """The sentence names the file and what to do; the file stays as it is."""
+    settings = make_settings(tmp_path, openclaw, jwt_secret=None)
+    key, secret = settings.data / "secret.key", b"0123456789abcdef0123456789abcdef"
+    if fault == "a link":
+        (tmp_path / "elsewhere").write_bytes(secret)
+        (tmp_path / "elsewhere").chmod(0o600)
+        key.symlink_to(tmp_path / "elsewhere")
+    else:
+        key.write_bytes(secret)
+        key.chmod(0o640 if "group" in fault else 0o604)
+    with pytest.raises(errors.Unavailable, match="only its owner can read") as refused:
+        auth.load_secret(settings)
+    assert str(key) in refused.value.message and "chmod 600" in refused.value.message
+    assert key.read_bytes() == secret

@@ -1,5 +1,4 @@
-"""`python database.py backup`, `restore` and `check`: under load, after crashes, and on files that are not what they
-should be."""
+"""`python database.py backup`, `restore` and `check`: under load, when killed, and on damaged or unsuitable files."""
 
 import hashlib
 import json
@@ -39,7 +38,7 @@ GIF = "R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 
 @pytest.fixture(autouse=True)
 def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the settings of the command have the database: in a folder that is not there yet."""
+    """The DB_PATH of the command, in a directory that does not exist yet."""
     path = tmp_path / "live" / "service.db"
     for name, value in (("DB_PATH", path), ("DATA_DIR", path.parent), ("PROJECTS_DIR", path.parent / "projects")):
         monkeypatch.setenv(name, str(value))
@@ -47,7 +46,7 @@ def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*words: str | Path, shell: str = "") -> subprocess.CompletedProcess[str]:
-    """The command as an operator runs it, after that line of shell."""
+    """Runs the command in a process of its own, after the shell command `shell`."""
     program = [sys.executable, str(CHECKOUT / "database.py"), *map(str, words)]
     return subprocess.run(
         ["/bin/sh", "-c", f'{shell or ":"}; exec "$@"', "sh", *program], capture_output=True, text=True, check=False
@@ -55,12 +54,12 @@ def command(*words: str | Path, shell: str = "") -> subprocess.CompletedProcess[
 
 
 def run(*words: str | Path) -> int:
-    """The exit status of the command, run within the test."""
+    """Runs the command in the process of the test, and returns its exit status."""
     return admin.main([str(word) for word in words])
 
 
 def make(path: Path, *emails: str) -> Path:
-    """A database with these users, the first of whom has a project and a session with a message and its reply."""
+    """Creates a database with these users. The first one has a project, and a session with a message and its reply."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sql.migrate(path)
     with closing(database.connect(path, read_only=False)) as conn:
@@ -73,24 +72,24 @@ def make(path: Path, *emails: str) -> Path:
 
 
 def users(path: Path) -> set[str]:
-    """Who is in a database, which must be sound."""
+    """Returns the e-mails of the users of a database, after an integrity check."""
     with closing(sqlite3.connect(path)) as conn:
         assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         return {row[0] for row in conn.execute("SELECT email FROM users")}
 
 
 def digest(path: Path) -> str:
-    """Of a file's bytes."""
+    """Returns the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def names(folder: Path) -> set[str]:
-    """What lies in a folder but the lock."""
+    """Returns the names of the files in a folder, without lock files."""
     return {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
 
 
 def execute(path: Path, *statements: str) -> None:
-    """Changes a file behind the service's back, to one without others beside it."""
+    """Runs statements on a database, and leaves one file without a -wal."""
     with closing(sqlite3.connect(path, isolation_level=None)) as conn:
         for statement in ("PRAGMA journal_mode=DELETE", *statements):
             conn.execute(statement)
@@ -101,7 +100,7 @@ def execute(path: Path, *statements: str) -> None:
 
 @contextmanager
 def load(service: Service, people: int) -> Iterator[list[tuple[int, str]]]:
-    """People who talk without a pause; what each acknowledged message was: the reply's id, and the text."""
+    """Sends messages as several users without a pause. Yields a list to which it adds (reply id, text) of each."""
     acknowledged: list[tuple[int, str]] = []
     over = threading.Event()
 
@@ -128,7 +127,7 @@ def load(service: Service, people: int) -> Iterator[list[tuple[int, str]]]:
 
 
 def fill(path: Path, megabytes: int) -> None:
-    """So many megabytes of messages, so that a copy takes its time."""
+    """Adds messages of this total size to a database, so that copying it takes a while."""
     insert = "INSERT INTO messages (session_id, role, content, created_at) VALUES (1, 'user', ?, '')"
     with closing(database.connect(path, read_only=False)) as conn:
         conn.execute("BEGIN")
@@ -140,8 +139,10 @@ def fill(path: Path, megabytes: int) -> None:
 def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
     tmp_path: Path, openclaw: StandIn, live: Path, megabytes: int, backups: int
 ) -> None:
-    """Of a service that writes without a pause, each backup holds every message acknowledged before it began, and
-    never a turn without its reply's row; check passes meanwhile; a service on the restored file serves them."""
+    """A backup during writes contains every message acknowledged before it began, and no turn without its message.
+
+    `check` passes during the writes. A service on the restored database serves its messages.
+    """
     fill(make(live, "first@example.com"), megabytes)
     service = Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent))
     with service, service.person() as ada:
@@ -152,14 +153,14 @@ def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
                 before = dict(acknowledged)
                 done = command("backup", tmp_path / f"{number}.backup")
                 assert done.returncode == DONE, done.stderr
-                assert len(acknowledged) > len(before), "nothing was written during the backup"
+                assert len(acknowledged) > len(before), "no message was acknowledged during the backup"
                 with closing(sqlite3.connect(tmp_path / f"{number}.backup")) as conn:
                     rows = dict(conn.execute("SELECT id, status FROM messages WHERE role = 'assistant'").fetchall())
                     assert {rows[reply] for reply in before} == {"complete"}
                     texts = {row[0] for row in conn.execute("SELECT content FROM messages WHERE role = 'user'")}
                     assert texts >= set(before.values())
-                    halves = "SELECT count(*) FROM turns LEFT JOIN messages m ON m.id = message_id WHERE m.id IS NULL"
-                    assert conn.execute(halves).fetchone() == (0,)
+                    broken = "SELECT count(*) FROM turns LEFT JOIN messages m ON m.id = message_id WHERE m.id IS NULL"
+                    assert conn.execute(broken).fetchone() == (0,)
             checked = command("check")
             assert checked.returncode == DONE, checked.stderr
         newest = tmp_path / f"{backups - 1}.backup"
@@ -174,11 +175,13 @@ def test_a_backup_under_load_restores_to_all_that_was_acknowledged(
         assert command("check").returncode == DONE
 
 
-def test_a_frozen_service_still_runs(
+def test_a_suspended_service_prevents_a_restore(
     tmp_path: Path, openclaw: StandIn, live: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A restore is refused while a process of the service is suspended, and leaves nothing behind; another
-    database beside it is nobody's business."""
+    """While a process of the service is suspended, `restore` refuses and leaves no files.
+
+    It accepts another database in the same directory.
+    """
     backup = make(tmp_path / "some.backup", "backup@example.com")
     with Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent)) as service:
         service.freeze()
@@ -191,7 +194,7 @@ def test_a_frozen_service_still_runs(
 
 
 def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says that it lives, and looks at the file, only when it holds the lock, so that there is no gap between."""
+    """A starting service waits for the lock, then takes its lease and opens the file, and then prevents a restore."""
     make(live, "a@example.com")
     backup = make(live.parent / "b", "b@example.com")
     workers, db = Path(f"{live}.workers"), Database(live)
@@ -214,8 +217,8 @@ def test_a_service_that_starts_during_a_restore_waits(live: Path, monkeypatch: p
     assert users(live) == {"b@example.com"}
 
 
-def test_a_service_that_cannot_open_does_not_live(live: Path) -> None:
-    """A start that fails gives its name up, so that the restore which would help is not refused."""
+def test_a_service_that_fails_to_open_releases_its_lease(live: Path) -> None:
+    """After a failed start, `restore` is not refused, since it may be the fix."""
     live.parent.mkdir()
     live.write_bytes(b"no database" * 1000)
     with pytest.raises(errors.Unavailable):
@@ -228,8 +231,10 @@ def test_a_service_that_cannot_open_does_not_live(live: Path) -> None:
 
 
 def restore_until(words: list[str], moment: int, counted: "multiprocessing.Queue[int]") -> None:
-    """Runs the command and dies before its call number `moment` into Python's or SQLite's C, or tells how many
-    there were."""
+    """Runs the command, and sends SIGKILL to its own process before call number `moment` of a C function.
+
+    Counts calls from backup.py and database.py. Puts their number into `counted` if the command completes.
+    """
     calls = 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -247,8 +252,10 @@ def restore_until(words: list[str], moment: int, counted: "multiprocessing.Queue
 
 
 def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    """Killed before any of its steps, a restore leaves the old database, commits in its -wal included, or the new
-    one; the next restore succeeds and leaves one file of each."""
+    """A restore that is killed before any of its steps leaves the old database, with its -wal, or the new one.
+
+    The next restore succeeds, and keeps the old database exactly once.
+    """
     old = make(tmp_path / "old" / "service.db", "old@example.com")
     conn = database.connect(old, read_only=False)
     sql.insert_user(conn, "wal@example.com", None, "h")
@@ -289,7 +296,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 
 
 def test_a_backup_that_is_killed_leaves_no_backup(live: Path) -> None:
-    """There is a file of its name only when it is whole; what was left says why the next one is refused."""
+    """A killed backup leaves only a `.partial` file; the error of the next backup says to delete it."""
     fill(make(live, "a@example.com"), 30)
     target = live.parent / "some.backup"
     process = subprocess.Popen([sys.executable, CHECKOUT / "database.py", "backup", target])
@@ -305,14 +312,16 @@ def test_a_backup_that_is_killed_leaves_no_backup(live: Path) -> None:
     assert run("backup", target) == DONE
 
 
-# --- what is beside the database ----------------------------------------------------------------------
+# --- images and project folders -----------------------------------------------------------------------
 
 
-def test_images_and_projects_are_listed_and_missed(
+def test_images_and_folders_are_listed_and_compared(
     tmp_path: Path, openclaw: StandIn, live: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The list beside a backup says which image and folder there was, how large; a restore says what of it is gone;
-    nobody but the owner can read either file."""
+    """The list of a backup contains its images and folders with their sizes; a restore prints what has changed.
+
+    Only the owner can read the backup and the list.
+    """
     service = Service(tmp_path, openclaw.url, openclaw.token, DB_PATH=str(live), DATA_DIR=str(live.parent))
     with service, service.person() as ada:
         project = ada.project()
@@ -354,11 +363,11 @@ def _images(live: Path) -> list[Path]:
     return sorted((live.parent / "images").glob("*-*/*"))
 
 
-# --- what cannot be restored --------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------
 
 
 def damaged(path: Path) -> None:
-    """A database with a page of zeros in it."""
+    """Creates a database in which a page is overwritten with zeros."""
     fill(make(path, "x@example.com"), 1)
     execute(path)
     with path.open("r+b") as file:
@@ -367,48 +376,48 @@ def damaged(path: Path) -> None:
 
 
 def garbage(path: Path) -> None:
-    """No database."""
-    path.write_bytes(b"this is a text and no database" * 1000)
+    """Creates a file that is not a database."""
+    path.write_bytes(b"this is a text, not a database" * 1000)
 
 
 def foreign(path: Path) -> None:
-    """Somebody else's database."""
+    """Creates the database of another program."""
     execute(path, "CREATE TABLE cookies (name TEXT)")
 
 
 def empty(path: Path) -> None:
-    """A file without a byte, which SQLite takes for a database without tables."""
+    """Creates an empty file, which SQLite opens as a database without tables."""
     path.touch()
 
 
 def newer(path: Path) -> None:
-    """A database of code that is to come."""
+    """Creates a database with a newer schema version."""
     execute(make(path, "x@example.com"), "PRAGMA user_version=999")
 
 
 def torn(path: Path) -> None:
-    """A database in which a row refers to nothing."""
+    """Creates a database in which a row references a row that does not exist."""
     execute(make(path, "x@example.com"), "PRAGMA foreign_keys=OFF", "DELETE FROM users")
 
 
 def altered(path: Path) -> None:
-    """A backup that somebody wrote to."""
+    """Creates a backup, and changes it."""
     make(path.parent / "from.db", "x@example.com")
     assert run("backup", path, "--database", path.parent / "from.db") == DONE
     execute(path, "UPDATE users SET email = 'y@example.com'")
 
 
 def badly_listed(path: Path) -> None:
-    """A backup whose list was cut."""
+    """Creates a backup with a truncated list."""
     make(path, "x@example.com")
     Path(f"{path}.files.json").write_text('{"sha256":')
 
 
 @pytest.mark.parametrize("spoil", [damaged, garbage, foreign, empty, newer, torn, altered, badly_listed])
-def test_what_is_unfit_is_not_restored(
+def test_an_unsuitable_file_is_not_restored(
     tmp_path: Path, live: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
 ) -> None:
-    """A file that fails a check is refused with exit status 1 and its name, and the database stays as it is."""
+    """`restore` refuses a file that fails a check with exit status 1, names it, and leaves the database unchanged."""
     make(live, "a@example.com")
     spoil(tmp_path / "unfit")
     before, beside = digest(live), names(live.parent)
@@ -419,9 +428,11 @@ def test_what_is_unfit_is_not_restored(
     assert not (tmp_path / "none.db").exists()
 
 
-def test_files_in_the_way_are_left(tmp_path: Path, live: Path) -> None:
-    """What is not there, is there already, is the database itself or does not fit on the disk is exit status 4, and
-    changes nothing."""
+def test_problems_with_files_change_nothing(tmp_path: Path, live: Path) -> None:
+    """The exit status is 4 if a file is missing, already exists, is the database itself or does not fit on the disk.
+
+    No file is changed or created, and stderr has at most two lines.
+    """
     fill(make(live, "a@example.com"), 2)
     execute(live)
     backup, taken = tmp_path / "some.backup", tmp_path / "taken"
@@ -447,10 +458,8 @@ def test_files_in_the_way_are_left(tmp_path: Path, live: Path) -> None:
     assert taken.read_text() == "mine"
 
 
-def test_wrong_words_and_settings_are_usage(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """They end with exit status 2 and what is wrong; --help names every exit status."""
+def test_wrong_arguments_and_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong arguments and settings end with exit status 2 and an error; --help lists every exit status."""
     for words in ((), ("backup",), ("restore", "a", "b"), ("check", "now")):
         with pytest.raises(SystemExit) as ended:
             run(*words)
@@ -467,8 +476,8 @@ def test_wrong_words_and_settings_are_usage(
     assert all(f"\n  {status}  " in said for status in (DONE, FAILED, USAGE, RUNS, FILE_PROBLEM))
 
 
-def test_another_program_is_not_overrun(tmp_path: Path, live: Path) -> None:
-    """While a shell has the database open, a restore is refused with exit status 3 and leaves it as it is."""
+def test_a_restore_refuses_while_another_program_uses_the_database(tmp_path: Path, live: Path) -> None:
+    """While a shell has the database open, `restore` refuses with exit status 3 and changes nothing."""
     make(live, "a@example.com")
     backup = make(tmp_path / "some.backup", "b@example.com")
     with closing(sqlite3.connect(live)) as shell:
@@ -478,11 +487,11 @@ def test_another_program_is_not_overrun(tmp_path: Path, live: Path) -> None:
     assert not [name for name in names(live.parent) if "restor" in name or "replaced" in name]
 
 
-# --- what can be --------------------------------------------------------------------------------------
+# --- restores and checks ------------------------------------------------------------------------------
 
 
 def test_the_replaced_database_is_kept(tmp_path: Path, live: Path) -> None:
-    """It lies beside under a name of its own, and can be restored in turn; owner and mode stay as they were."""
+    """The replaced database is kept under another name and can be restored; the new file gets its mode."""
     make(live, "old@example.com").chmod(0o640)
     assert run("restore", make(tmp_path / "some.backup", "new@example.com")) == DONE
     assert users(live) == {"new@example.com"}
@@ -492,8 +501,8 @@ def test_the_replaced_database_is_kept(tmp_path: Path, live: Path) -> None:
     assert users(live) == {"old@example.com"}
 
 
-def test_a_damaged_database_is_moved_along_with_its_wal(tmp_path: Path, live: Path) -> None:
-    """What SQLite cannot close is kept byte by byte, and nothing of it is played into the restored one."""
+def test_a_damaged_database_is_kept_with_its_wal(tmp_path: Path, live: Path) -> None:
+    """A damaged database and its -wal are kept unchanged, and the -wal is not applied to the restored database."""
     make(live, "old@example.com")
     with closing(database.connect(live, read_only=False)) as conn:
         sql.insert_user(conn, "wal@example.com", None, "h")
@@ -510,8 +519,8 @@ def test_a_damaged_database_is_moved_along_with_its_wal(tmp_path: Path, live: Pa
     assert Path(f"{kept}-wal").read_bytes() == wal
 
 
-def test_a_database_with_a_wal_is_restored_whole(tmp_path: Path, live: Path) -> None:
-    """A file that is no backup but a database as a crash left it comes with what its -wal holds, and is not touched."""
+def test_a_database_is_restored_with_its_wal(tmp_path: Path, live: Path) -> None:
+    """Restoring a database file that a crash left includes the commits in its -wal, and leaves both files unchanged."""
     source = make(tmp_path / "from" / "a.db", "a@example.com")
     with closing(database.connect(source, read_only=False)) as conn:
         sql.insert_user(conn, "wal@example.com", None, "h")
@@ -523,8 +532,8 @@ def test_a_database_with_a_wal_is_restored_whole(tmp_path: Path, live: Path) -> 
     assert (digest(crashed), names(crashed.parent)) == (before, beside)
 
 
-def test_a_database_of_before_migrations_is_backed_up_and_restored(tmp_path: Path, live: Path) -> None:
-    """Orphans and all, byte for byte as it was; the next start migrates what was restored."""
+def test_a_legacy_database_is_backed_up_and_restored(tmp_path: Path, live: Path) -> None:
+    """`backup` and `check` leave a legacy database unchanged. The next start migrates the restored one."""
     old = tmp_path / "legacy.db"
     build(old)
     before = digest(old)
@@ -541,8 +550,8 @@ def test_a_database_of_before_migrations_is_backed_up_and_restored(tmp_path: Pat
 
 
 @pytest.mark.parametrize("spoil", [damaged, garbage, foreign, empty, newer, torn])
-def test_check_finds_what_is_wrong_and_changes_nothing(live: Path, spoil: Callable[[Path], None]) -> None:
-    """Exit status 1, and the file stays as it was; what fails it, but for a newer schema, is not backed up."""
+def test_check_finds_faults_and_changes_nothing(live: Path, spoil: Callable[[Path], None]) -> None:
+    """`check` fails with exit status 1. `backup` refuses such a file too, except one with a newer schema."""
     live.parent.mkdir()
     spoil(live)
     before = digest(live)
@@ -552,8 +561,8 @@ def test_check_finds_what_is_wrong_and_changes_nothing(live: Path, spoil: Callab
     assert (live.parent / "some.backup").exists() == (spoil is newer)
 
 
-def test_check_says_what_is_there(live: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Schema version and rows go to the standard output, progress elsewhere; a missing image is exit status 1."""
+def test_check_prints_contents_and_missing_images(live: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` prints schema version and rows to stdout, progress to stderr; a missing image is exit status 1."""
     make(live, "a@example.com", "b@example.com")
     execute(live, "INSERT INTO message_images (message_id, file) VALUES (1, 'some/image.png')")
     image = live.parent / "images" / "some" / "image.png"

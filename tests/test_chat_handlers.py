@@ -1,11 +1,11 @@
-"""Chat and messages as a client meets them."""
+"""The chat routes."""
 
 from .service import Person
 from .stand_in import StandIn, reply_text
 
 
 def test_a_message_is_answered(ada: Person, openclaw: StandIn) -> None:
-    """A reply that is not streamed comes whole, and stands in the messages."""
+    """A reply has the agent's complete text, with and without streaming."""
     session = ada.session()
     answer = ada.say(session, "Hello")
     assert (answer.status_code, answer.text) == (200, reply_text("Hello"))

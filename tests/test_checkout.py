@@ -1,4 +1,4 @@
-"""What a checkout holds, read from real repositories. The branch rules are tested by the scripts that apply them."""
+"""Reading real git repositories. The tests of the start scripts cover the branch rules."""
 
 import subprocess
 from pathlib import Path
@@ -20,7 +20,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def git(directory: Path, *words: str) -> str:
-    """What git prints."""
+    """Runs git in a directory and returns what it prints."""
     who = ("-c", "user.name=Test", "-c", "user.email=test@example.com")
     done = subprocess.run(["git", *who, *words], cwd=directory, env=TOOLS, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -36,7 +36,7 @@ def git(directory: Path, *words: str) -> str:
     ],
 )
 def test_a_checkout_is_read(repository: Path, words: list[str], branch: str, kind: str) -> None:
-    """The branch and commit, and the service whose code it is."""
+    """Reads branch and commit, and decides which service the branch belongs to."""
     git(repository, *words)
     found = checkout.read(repository)
     assert (found.branch, found.commit) == (branch, git(repository, "rev-parse", "HEAD"))
@@ -44,7 +44,7 @@ def test_a_checkout_is_read(repository: Path, words: list[str], branch: str, kin
 
 
 def test_a_detached_commit_that_is_not_of_main_is_not_main(repository: Path) -> None:
-    """Whoever tries out an older feature by its commit does not get production."""
+    """Checking out an older commit of a feature branch does not start production."""
     git(repository, "checkout", "--detach", "main")
     git(repository, "commit", "--quiet", "--allow-empty", "--message", "Not of main")
     assert checkout.read(repository).branch == "HEAD"
@@ -52,7 +52,7 @@ def test_a_detached_commit_that_is_not_of_main_is_not_main(repository: Path) -> 
 
 
 def test_without_git_it_is_unknown(tmp_path: Path) -> None:
-    """A copy of the code without its history is served, by hand, as development."""
+    """A copy of the code without git history counts as development, and the start scripts refuse it."""
     assert checkout.read(tmp_path) == ("unknown", "unknown")
     assert checkout.kind_of("unknown") == "development"
     assert "is not a git checkout" in (checkout.refusal("development", tmp_path) or "")

@@ -1,4 +1,4 @@
-"""The HTTP contract, route by route and promise by promise, over real HTTP against the real app."""
+"""The HTTP contract: each route, error code and convention, tested over real HTTP against the real app."""
 
 import base64
 import io
@@ -34,12 +34,12 @@ from .service import JSON, Person, Served, free_port, until
 from .stand_in import Received, StandIn, reply_text
 
 # --- shapes -------------------------------------------------------------------------------------------
-# A type, a pattern of a string, a dict with exactly these keys, a list of what its one item says, a tuple of
-# alternatives, or the value itself.
+# A shape is a type, a pattern for a string, a dict with exactly these keys, a list whose one item is the shape of all
+# items, a tuple of alternatives, or the value itself.
 
 Shape = Any
 
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # to load the world's certificates takes longer than a test here
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without the system's certificates, which take long to load
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -68,13 +68,15 @@ SESSION = {
 TOKENS_USED = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int}
 FAILURE = {"code": str, "message": str, "retryable": bool}
 LINK = re.compile(r"https?://[^/]+/images/\d+\.(jpg|png|gif|webp)\?expires=\d+&signature=[0-9a-f]+")
+FINISH_REASON = ("stop", "length", "content_filter", "stopped", "interrupted", "error", None)
 MESSAGE = {
     "id": int,
     "role": ("user", "assistant"),
     "content": str,
     "image": (LINK, None),
-    "images": [LINK],  # an addition to the contract: all of them
+    "images": [LINK],  # all images; the original contract has only `image`
     "status": ("queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty"),
+    "finish_reason": FINISH_REASON,
     "error": (FAILURE, None),
     "usage": (TOKENS_USED, None),
     "created_at": TIME,
@@ -84,6 +86,7 @@ REPLY = {
     "role": "assistant",
     "content": str,
     "status": ("complete", "empty", "stopped"),
+    "finish_reason": FINISH_REASON,
     "usage": (TOKENS_USED, None),
     "created_at": TIME,
 }
@@ -105,11 +108,16 @@ HEALTH = {
     "database": {"ok": True, "sqlite": str},
     "gateway": {"url": str, "ok": bool, "checked_at": (TIME, None), "detail": str},
 }
-READY = {"status": "ready", "detail": str, "gateway_version": (str, None)}
+READY = {
+    "status": "ready",
+    "detail": str,
+    "gateway_version": (str, None),
+    "websocket": {"ok": bool, "detail": str},
+}
 
 
 def differences(value: object, shape: Shape, at: str = "$") -> list[str]:
-    """Where a value is not of a shape."""
+    """Returns where a value does not match a shape; an empty list if it matches."""
     if isinstance(shape, tuple):
         found = [differences(value, one, at) for one in shape]
         return [] if [] in found else min(found, key=len)
@@ -130,12 +138,12 @@ def differences(value: object, shape: Shape, at: str = "$") -> list[str]:
 
 
 class Route(NamedTuple):
-    """A route of the contract. Names in braces, in path and body, are filled from a `Scene`."""
+    """A route of the contract. Names in braces, in path and body, are replaced by values of a `Scene`."""
 
     method: str
     path: str
-    shape: Shape  # of the successful answer; a string is its media type where that is not JSON
-    codes: str = ""  # what it can answer beside what all can
+    shape: Shape  # of the successful response; a string is the media type of a response that is not JSON
+    codes: str = ""  # error codes in addition to those of all routes
     body: Any = None
     status: int = 200
     public: bool = False
@@ -143,14 +151,15 @@ class Route(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Method and path."""
+        """Returns method and path."""
         return f"{self.method} {self.path}"
 
     @property
     def missing(self) -> str:
-        """The code for what it names and does not exist; empty where it names nothing of anybody's."""
-        told = self.path + json.dumps(self.body)
-        return next((code for name, code in MISSING.items() if name in told), "")
+        """Returns the 404 code for the project, session, message, image or file that the route names; empty if it names
+        none."""
+        request = self.path + json.dumps(self.body)
+        return next((code for name, code in MISSING.items() if name in request), "")
 
 
 MISSING = {
@@ -246,7 +255,7 @@ OWNED = [route for route in ROUTES if route.missing]
 PRIVATE = [route for route in ROUTES if not route.public]
 PAGES = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
-# What the contract says of each code; those that it does not name are ours beside them.
+# The status of each error code, as docs/api.md lists them.
 STATUS = {
     **dict.fromkeys(("invalid_path", "invalid_image", "no_user_message", "invalid_request"), 400),
     **dict.fromkeys(("unauthorized", "invalid_credentials"), 401),
@@ -266,29 +275,29 @@ STATUS = {
 
 
 def by_name(route: Route) -> str:
-    """How a route is called in a test's name."""
+    """Returns the id of a route's test case."""
     return route.name
 
 
-# --- who is there -------------------------------------------------------------------------------------
+# --- users --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def openclaw() -> Iterator[StandIn]:
-    """One gateway for all tests here."""
+    """One gateway for all tests of this file."""
     with StandIn(token="a token that is found nowhere") as gateway:
         yield gateway
 
 
 @pytest.fixture(scope="module")
 def served(openclaw: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One app for all tests here that need no settings of their own; its users are new in each test."""
+    """One app for all tests of this file that need no settings of their own; each test signs up new users."""
     with Served(make_settings(tmp_path_factory.mktemp("contract"), openclaw)) as service:
         yield service
 
 
 class Scene:
-    """A user who has one of everything, under the names that the routes use."""
+    """A user who owns one of everything; `names` has the values for the names in braces of the routes."""
 
     def __init__(self, person: Person) -> None:
         self.person = person
@@ -313,14 +322,14 @@ class Scene:
         }
 
     def all(self) -> list[Any]:
-        """All that the user has, as the routes tell it."""
+        """Returns everything that the user owns, as the routes return it."""
         paths = ["/auth/me", "/projects", PROJECT_ID, PROJECT_ID + "/sessions", SESSION_ID + "/messages"]
         paths += [PROJECT_ID + "/files", FILE]
         return [self.person.http.get(path.format_map(self.names)).json() for path in paths]
 
 
 def send(http: httpx.Client, route: Route, names: JSON, **headers: str) -> httpx.Response:
-    """A request to a route as the table has it."""
+    """Sends the request of a route of the table."""
     path = (route.path + route.query).format_map(names)
     if route.body is None:
         return http.request(route.method, path, headers=headers)
@@ -334,45 +343,45 @@ def _filled(text: str, names: JSON) -> str:
 
 @pytest.fixture
 def scene(ada: Person) -> Scene:
-    """A new user's."""
+    """The scene of a new user."""
     return Scene(ada)
 
 
 @pytest.fixture(scope="module")
 def hers(served: Served) -> Iterator[Scene]:
-    """Of a user whose things nobody here may change or see."""
+    """The scene of a user whose data no test may change, and no other user may read."""
     with served.person() as person:
         yield Scene(person)
 
 
 @pytest.fixture(scope="module")
 def his(served: Served) -> Iterator[Scene]:
-    """Of somebody else."""
+    """The scene of another user."""
     with served.person() as person:
         yield Scene(person)
 
 
 def anonymous(url: str) -> httpx.Client:
-    """A client without a token."""
+    """Returns a client without a token."""
     return httpx.Client(base_url=url, trust_env=False, verify=NO_TLS)
 
 
 def get(url: str, headers: dict[str, str] | None = None) -> httpx.Response:
-    """What anybody gets there."""
+    """Returns the response to a GET request without a token."""
     with anonymous("") as http:
         return http.get(url, headers=headers)
 
 
 def asked(openclaw: StandIn, session: JSON) -> list[Received]:
-    """What the gateway was asked in a session."""
+    """Returns the requests that the gateway received in a session."""
     return [request for request in openclaw.requests if session["session_key"] in request.session_key]
 
 
-# --- pictures -----------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------
 
 
 def picture(kind: str, color: str = "red") -> bytes:
-    """A small picture of a kind that Pillow knows."""
+    """Returns a small image in a format of Pillow."""
     output = io.BytesIO()
     image = PIL.Image.new("RGB", (24, 16), color)
     if kind == "HEIF":
@@ -383,7 +392,7 @@ def picture(kind: str, color: str = "red") -> bytes:
 
 
 def encoded(data: bytes) -> str:
-    """In base64."""
+    """Returns bytes in base64."""
     return base64.b64encode(data).decode()
 
 
@@ -407,7 +416,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @pytest.fixture(scope="module")
 def document(served: Served) -> JSON:
-    """The OpenAPI document, as anybody gets it."""
+    """The OpenAPI document, requested without a token."""
     response = get(f"{served.url}/openapi.json")
     assert response.status_code == 200
     got: JSON = response.json()
@@ -415,7 +424,7 @@ def document(served: Served) -> JSON:
 
 
 def violations(value: Any, schema: JSON, document: JSON, at: str = "$") -> list[str]:
-    """Where a value breaks a JSON schema, or has what the schema does not tell of."""
+    """Returns where a value violates a JSON schema or contains a property that the schema does not list."""
     if "$ref" in schema:
         return violations(value, lookup(schema["$ref"], document), document, at)
     rest = schema.keys() - WORDS_ONLY - {"type", "properties", "required", "items", "anyOf", "enum", "const"}
@@ -432,15 +441,15 @@ def violations(value: Any, schema: JSON, document: JSON, at: str = "$") -> list[
     if isinstance(value, list) and "items" in schema:
         inner = [(item, schema["items"], f"{at}[]") for item in value]
     if isinstance(value, dict) and "properties" in schema:
-        told = schema["properties"]
+        listed = schema["properties"]
         wrong = [f"{at}.{key} is missing" for key in set(schema.get("required", ())) - value.keys()]
-        wrong += [f"{at}.{key} is not told of" for key in value.keys() - told.keys()]
-        inner = [(value[key], told[key], f"{at}.{key}") for key in value.keys() & told.keys()]
+        wrong += [f"{at}.{key} is not in the schema" for key in value.keys() - listed.keys()]
+        inner = [(value[key], listed[key], f"{at}.{key}") for key in value.keys() & listed.keys()]
     return wrong + [one for item, kind, place in inner for one in violations(item, kind, document, place)]
 
 
 def lookup(reference: str, document: JSON) -> JSON:
-    """What `#/a/b` refers to."""
+    """Returns the part of the document that a reference such as `#/a/b` names."""
     found: JSON = document
     for name in reference.removeprefix("#/").split("/"):
         found = found[name]
@@ -448,13 +457,13 @@ def lookup(reference: str, document: JSON) -> JSON:
 
 
 def undocumented(response: httpx.Response, document: JSON) -> list[str]:
-    """What the OpenAPI document does not say of an answer: its status, its code, its shape."""
+    """Returns which of a response's status, media type, code and shape the OpenAPI document does not describe."""
     operation = _operation(response.request, document)
-    told = operation["responses"].get(str(response.status_code))
-    if told is None:
+    described = operation["responses"].get(str(response.status_code))
+    if described is None:
         return [f"status {response.status_code}"]
     kind = response.headers["Content-Type"].partition(";")[0]
-    media = told.get("content", {})
+    media = described.get("content", {})
     if kind not in media:
         return [] if f"{kind.partition('/')[0]}/*" in media else [f"content type {kind}"]
     if kind != "application/json":
@@ -462,7 +471,7 @@ def undocumented(response: httpx.Response, document: JSON) -> list[str]:
     body = response.json()
     wrong = violations(body, media[kind]["schema"], document)
     named = isinstance(body, list) or not isinstance(body.get("detail"), str) or "code" not in body
-    if not named and f"`{body['code']}`" not in told["description"]:
+    if not named and f"`{body['code']}`" not in described["description"]:
         wrong.append(f"code {body['code']}")
     return wrong
 
@@ -478,7 +487,8 @@ def _operation(request: httpx.Request, document: JSON) -> JSON:
 
 
 def test_the_table_holds_every_route(served: Served, document: JSON) -> None:
-    """Contract, app and OpenAPI document have the same routes, and nothing is hidden but FastAPI's own pages."""
+    """The table above, the app and the OpenAPI document have the same routes. Only FastAPI's own pages are not
+    documented."""
     table = {(route.method, route.path) for route in ROUTES}
     described = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert described == table
@@ -493,8 +503,8 @@ def test_the_table_holds_every_route(served: Served, document: JSON) -> None:
 
 @pytest.mark.parametrize("route", ROUTES, ids=by_name)
 def test_openapi_describes_a_route(route: Route, document: JSON) -> None:
-    """Its words, its success with a model, its errors by code under the right status, and 422 where it takes
-    anything that can be malformed."""
+    """Each operation has a description, a success response with a model, its error codes under the right statuses, and
+    a 422 response if it takes parameters or a body."""
     operation = document["paths"][route.path][route.method.lower()]
     responses = operation["responses"]
     assert operation["summary"] and operation["description"] and operation["tags"]
@@ -509,12 +519,12 @@ def test_openapi_describes_a_route(route: Route, document: JSON) -> None:
     assert ("422" in responses) == takes
     usual = ["internal_error"] + ["unauthorized", "database_unavailable"] * (not route.public)
     codes = {*route.codes.split(), *usual, *filter(None, [route.missing])}
-    untold = {code for code in codes if f"`{code}`" not in responses.get(str(STATUS[code]), {}).get("description", "")}
-    assert not untold
+    absent = {code for code in codes if f"`{code}`" not in responses.get(str(STATUS[code]), {}).get("description", "")}
+    assert not absent
 
 
 def test_openapi_names_codes_that_exist(document: JSON) -> None:
-    """A code in the document is one of `errors.CODES`, under the status that it has, with the model of an error."""
+    """Each code in the document exists in the contract and is under its own status, with the model `ErrorOut`."""
     for path, item in document["paths"].items():
         for method, operation in item.items():
             for status, response in operation["responses"].items():
@@ -526,7 +536,7 @@ def test_openapi_names_codes_that_exist(document: JSON) -> None:
 
 
 def test_openapi_is_whole(document: JSON) -> None:
-    """Every reference leads somewhere, no operation's id is taken twice, and our own marks are not left in it."""
+    """Every reference can be resolved, operation ids are unique, and the internal key `x-errors` is removed."""
     text = json.dumps(document)
     for reference in set(re.findall(r'"\$ref": "([^"]+)"', text)):
         assert lookup(reference, document)
@@ -538,12 +548,12 @@ def test_openapi_is_whole(document: JSON) -> None:
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
 def test_the_documentation_is_open(path: str, served: Served) -> None:
-    """Whoever writes a client reads it without an account."""
+    """The documentation can be read without a token."""
     assert get(served.url + path).status_code == 200
 
 
 def test_every_code_has_one_status() -> None:
-    """The statuses of `errors.CODES`, as `app` maps their classes, are those of the contract."""
+    """The classes of `errors.CODES` map to the statuses of the contract."""
     mapped = {
         code: next(web.STATUSES[base] for base in kind.__mro__ if base in web.STATUSES)
         for code, kind in errors.CODES.items()
@@ -556,7 +566,7 @@ def test_every_code_has_one_status() -> None:
 
 @pytest.mark.parametrize("route", ROUTES, ids=by_name)
 def test_a_route_answers_as_the_contract_says(route: Route, scene: Scene, document: JSON) -> None:
-    """Its status, its keys and their types, and just what the OpenAPI document says of it."""
+    """The response has the documented status, and exactly the documented keys and types."""
     response = send(scene.person.http, route, scene.names)
     assert response.status_code == route.status, response.text
     if isinstance(route.shape, str):
@@ -568,7 +578,7 @@ def test_a_route_answers_as_the_contract_says(route: Route, scene: Scene, docume
 
 @pytest.mark.parametrize("route", PRIVATE, ids=by_name)
 def test_a_route_is_closed_to_the_anonymous(route: Route, hers: Scene, served: Served, document: JSON) -> None:
-    """401 that says so and how to sign in, before anything else is looked at, and nothing has changed."""
+    """Without a token, the answer is a documented 401 with `WWW-Authenticate`, and nothing changes."""
     before = hers.all()
     with anonymous(served.url) as http:
         response = send(http, route, hers.names)
@@ -581,7 +591,7 @@ def test_a_route_is_closed_to_the_anonymous(route: Route, hers: Scene, served: S
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.public], ids=by_name)
 def test_a_public_route_needs_no_token(route: Route, hers: Scene, served: Served) -> None:
-    """Signing in, health, and a picture whose URL is its own ticket; a token that is no good does no harm."""
+    """Login, sign-up, health and signed image URLs work without a token and with an invalid one."""
     with anonymous(served.url) as http:
         fresh = hers.names | {"new_email": f"{uuid.uuid4().hex}@example.com"}
         assert send(http, route, fresh).status_code == route.status
@@ -591,7 +601,8 @@ def test_a_public_route_needs_no_token(route: Route, hers: Scene, served: Served
 
 @pytest.mark.parametrize("route", OWNED, ids=by_name)
 def test_somebody_elses_is_not_there(route: Route, hers: Scene, his: Scene, document: JSON) -> None:
-    """It answers exactly as one that does not exist, headers and all, and nothing has changed."""
+    """Something that belongs to another user gets the same answer, including headers, as something that does not exist;
+    nothing changes."""
     before = hers.all()
     nobodys = hers.names | {"session_key": str(uuid.uuid4())}
     nobodys |= dict.fromkeys(("project_id", "session_id", "message_id", "image_id"), 2**53)
@@ -617,7 +628,7 @@ def _lasting(response: httpx.Response) -> dict[str, str]:
     ],
 )
 def test_one_of_ones_own_opens_nobody_elses(method: str, path: str, hers: Scene, his: Scene) -> None:
-    """Where a path names two things, both have to be the caller's and belong together."""
+    """If a path names two things, both must belong to the caller and to each other."""
     before, mine = hers.all(), his.all()
     names = hers.names | {"his_project": his.names["project_id"], "his_session": his.names["session_id"]}
     assert his.person.http.request(method, path.format_map(names)).status_code == 404
@@ -625,7 +636,7 @@ def test_one_of_ones_own_opens_nobody_elses(method: str, path: str, hers: Scene,
 
 
 def test_a_message_is_streamed_from_its_own_session(scene: Scene) -> None:
-    """A reply of the same user's other session is not there either, nor is a user's message a reply."""
+    """`message_not_found` for a reply of another session of the same user, and for a message that is not a reply."""
     other = scene.person.session()
     http, (said, reply) = scene.person.http, scene.person.messages(scene.session)
     for session, message in ((other, reply), (scene.session, said)):
@@ -638,7 +649,7 @@ def test_a_message_is_streamed_from_its_own_session(scene: Scene) -> None:
     ["", "Bearer", "Bearer nonsense", "Basic YTpi", "Bearer a.b.c", "Bearer " + "a" * 5000, "Token {token}"],
 )
 def test_a_token_that_is_none_is_refused(header: str, ada: Person) -> None:
-    """Whatever stands in its place: 401 in the same words."""
+    """Any value that is not a valid bearer token gets a 401 with the same text."""
     sent = {"Authorization": header.format(token=ada.token)}
     response = ada.http.get("/auth/me", headers=sent)
     assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
@@ -646,7 +657,7 @@ def test_a_token_that_is_none_is_refused(header: str, ada: Person) -> None:
 
 
 def test_a_token_of_another_secret_is_refused(ada: Person, serve: Callable[..., Served]) -> None:
-    """A service with another secret does not know it."""
+    """A service with another `JWT_SECRET` refuses the token."""
     with ada.at(serve(jwt_secret=SecretStr("a secret of somebody else, long enough")).url) as stranger:
         assert stranger.http.get("/auth/me").status_code == 401
 
@@ -655,7 +666,7 @@ def test_a_token_of_another_secret_is_refused(ada: Person, serve: Callable[..., 
 
 
 class Stage(NamedTuple):
-    """Where a code is met: a user of the app, and a way to start one with other settings."""
+    """What a function needs to provoke an error code: a user, and a way to start an app with other settings."""
 
     person: Person
     serve: Callable[..., Served]
@@ -666,7 +677,7 @@ PROVOKED: dict[str, Provoke] = {}
 
 
 def provokes(code: str) -> Callable[[Provoke], Provoke]:
-    """Registers the way to meet a code."""
+    """Registers a function that makes the app return `code`."""
 
     def register(provoke: Provoke) -> Provoke:
         PROVOKED[code] = provoke
@@ -676,7 +687,7 @@ def provokes(code: str) -> Callable[[Provoke], Provoke]:
 
 
 def chat(person: Person, content: object, session: JSON | None = None, **more: Any) -> httpx.Response:
-    """A message, in a session of its own unless one is given."""
+    """Sends a message, in `session` or else in a new one."""
     headers = more.pop("headers", {})
     key = (session or person.session())["session_key"]
     body = {"session_key": key, "messages": [{"role": "user", "content": content}], **more}
@@ -684,12 +695,12 @@ def chat(person: Person, content: object, session: JSON | None = None, **more: A
 
 
 def file_of(person: Person, path: str) -> str:
-    """The URL of a file in a new project."""
+    """Returns the URL of a file in a new project."""
     return f"/projects/{person.project()['id']}/files/{path}"
 
 
 def spoil(service: Served, statement: str, *values: object) -> None:
-    """Does to the database what somebody with a shell could do."""
+    """Runs a statement on the database behind the app's back, as an operator with a shell could."""
     with closing(sqlite3.connect(service.settings.db_path)) as conn, conn:
         conn.execute(statement, values)
 
@@ -886,8 +897,8 @@ def _(stage: Stage) -> httpx.Response:
 
 @pytest.mark.parametrize("code", sorted(errors.CODES))
 def test_every_code_is_met(code: str, ada: Person, serve: Callable[..., Served], document: JSON) -> None:
-    """There is a way to it over HTTP; it comes with its status, a sentence, the headers of its status, and as the
-    OpenAPI document says of that very route."""
+    """Each code can be provoked over HTTP. The response has its status, a sentence, the headers of that status, and is
+    as the OpenAPI document describes it for the route."""
     response = PROVOKED[code](Stage(ada, serve))
     assert (response.status_code, response.json().get("code")) == (STATUS[code], code)
     stored = {"message_id": int} if "gateway" in code or code == "interrupted" else {}
@@ -908,14 +919,14 @@ def test_every_code_is_met(code: str, ada: Person, serve: Callable[..., Served],
     [("GET", "/nothing", 404), ("PATCH", "/projects", 405), ("DELETE", "/health", 405), ("GET", "/auth/login", 405)],
 )
 def test_what_no_route_takes_is_an_error_like_any(method: str, path: str, status: int, ada: Person) -> None:
-    """A wrong address or method is answered in the contract's shape too."""
+    """A wrong path or method gets an error of the usual shape."""
     response = ada.http.request(method, path)
     assert response.status_code == status
     assert not differences(response.json(), {"detail": str, "code": re.compile("[a-z_]+")})
 
 
 def test_a_request_that_is_too_large_is_an_error_like_any(ada: Person, document: JSON) -> None:
-    """413 in the contract's shape, for what is larger than any message may be, with or without its length told."""
+    """A body over 32 MB gets a documented 413 of the usual shape, with or without a Content-Length."""
     size = 33 * MEGABYTE
     for body in (b" " * size, iter([b" " * MEGABYTE] * 33)):
         response = ada.http.post("/chat", content=body, headers={"Content-Type": "application/json"})
@@ -926,9 +937,9 @@ def test_a_request_that_is_too_large_is_an_error_like_any(ada: Person, document:
         assert not undocumented(response, document)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"text"', b"\xff", b'{"name": 5}', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'"text"', b"\xff", b'{"name": 5}', b"[" * 50_000])
 def test_a_malformed_body_is_refused(body: bytes, ada: Person, document: JSON) -> None:
-    """400 or 422, as documented, and what was sent is not sent back."""
+    """The answer is a documented 400 or 422 that does not repeat what was sent."""
     response = ada.http.post("/projects", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422)
     assert response.json()["code"] == "invalid_request"
@@ -967,8 +978,8 @@ def test_a_malformed_body_is_refused(body: bytes, ada: Person, document: JSON) -
     ],
 )
 def test_half_a_character_is_refused(method: str, path: str, body: JSON, scene: Scene) -> None:
-    """JSON can carry a lone surrogate, which is no text: that is the sender's error, not one of the service, and
-    nothing has changed."""
+    """JSON can contain a lone surrogate, which cannot be encoded as UTF-8: the answer is a 422 instead of a 500, and
+    nothing changes."""
     before = scene.all()
     response = send(scene.person.http, Route(method, path, None, body=body), scene.names)
     assert response.status_code in (400, 401, 422), response.text
@@ -978,13 +989,14 @@ def test_half_a_character_is_refused(method: str, path: str, body: JSON, scene: 
 @pytest.mark.parametrize("path", [PROJECT_ID, PROJECT_ID + "/files", SESSION_ID + "/messages"])
 @pytest.mark.parametrize("wrong", ["0", "-1", "x", "1.5", str(2**63), "9" * 5000])
 def test_an_id_that_is_none_is_refused(path: str, wrong: str, ada: Person) -> None:
-    """Not found or malformed, never an error of the service."""
+    """The answer is 404 or 422, never 500."""
     response = ada.http.get(path.format(project_id=wrong, session_id=wrong))
     assert response.status_code in (404, 422)
 
 
 def test_every_response_carries_its_id(scene: Scene) -> None:
-    """The caller's own where it is short and printable, one of ours otherwise, on errors too."""
+    """Each response, also an error, carries the caller's `X-Request-ID`, or a generated one if that is too long or not
+    printable ASCII without spaces."""
     http = scene.person.http
     for path in ("/health", "/projects", "/nothing", f"/sessions/{scene.session['id']}/messages", "/projects/0"):
         response = http.get(path, headers={"X-Request-ID": "mine-1"})
@@ -997,7 +1009,7 @@ def test_every_response_carries_its_id(scene: Scene) -> None:
 
 
 def test_every_origin_may_call(ada: Person) -> None:
-    """CORS is open unless it is configured, shows the headers that a client needs, and wants no cookies."""
+    """By default, CORS allows all origins, exposes the headers that clients need, and allows no cookies."""
     origin = {"Origin": "https://chat.example.com"}
     asks = {
         "Access-Control-Request-Method": "DELETE",
@@ -1016,7 +1028,7 @@ def test_every_origin_may_call(ada: Person) -> None:
 
 
 def test_only_configured_origins_may_call(serve: Callable[..., Served]) -> None:
-    """A list of origins leaves all others out."""
+    """With a list in `CORS_ORIGINS`, CORS allows only these origins."""
     service = serve(cors_origins=("https://chat.example.com", "http://localhost:3000"))
     for origin, allowed in (("https://chat.example.com", True), ("https://evil.example.com", False)):
         response = get(f"{service.url}/health", headers={"Origin": origin})
@@ -1027,13 +1039,13 @@ def test_only_configured_origins_may_call(serve: Callable[..., Served]) -> None:
 
 
 def sign_up(http: httpx.Client, **changes: object) -> httpx.Response:
-    """A sign-up that works, but for the changes."""
+    """Signs up with valid values, except for `changes`."""
     usual = {"email": f"{uuid.uuid4().hex}@example.com", "password": "12345678"}
     return http.post("/auth/signup", json=usual | changes)
 
 
 def log_in(person: Person, **changes: str) -> httpx.Response:
-    """A login that works, but for the changes."""
+    """Logs in with valid values, except for `changes`."""
     return person.http.post("/auth/login", json={"email": person.email, "password": person.password} | changes)
 
 
@@ -1045,13 +1057,13 @@ def log_in(person: Person, **changes: str) -> httpx.Response:
     ],
 )
 def test_a_wrong_sign_up_is_refused(wrong: JSON, ada: Person) -> None:
-    """A malformed e-mail, a password under 8 or over 1,024 characters: 422."""
+    """A malformed e-mail, or a password of less than 8 or more than 1,024 characters, gets a 422."""
     assert sign_up(ada.http, **wrong).status_code == 422
 
 
 @pytest.mark.parametrize("password", ["12345678", "x" * 1024, "p\u00e4ssw\u00f6rd \U0001f511"])
 def test_a_token_object_is_whole(password: str, ada: Person, served: Served) -> None:
-    """Sign-up and login give the same object, whose token works under both names, for as long as it says."""
+    """Sign-up and login return the same object. Its token works under both names and expires after `expires_in`."""
     email = f"{uuid.uuid4().hex}@example.com"
     made = sign_up(ada.http, email=email, password=password).json()
     again = ada.http.post("/auth/login", json={"email": email.upper(), "password": password}).json()
@@ -1064,7 +1076,7 @@ def test_a_token_object_is_whole(password: str, ada: Person, served: Served) -> 
 
 
 def test_a_refused_login_does_not_tell_who_has_an_account(ada: Person) -> None:
-    """An unknown e-mail and a wrong password are one answer, headers and all."""
+    """An unknown e-mail and a wrong password get the same answer, including headers."""
     unknown = log_in(ada, email="nobody@example.com")
     wrong = log_in(ada, password="not the password")
     assert (unknown.status_code, unknown.json()) == (wrong.status_code, wrong.json())
@@ -1073,7 +1085,7 @@ def test_a_refused_login_does_not_tell_who_has_an_account(ada: Person) -> None:
 
 
 def test_logging_out_refuses_this_token_alone(ada: Person) -> None:
-    """It is refused from then on; another one of the same user goes on."""
+    """The token is refused after the logout; another token of the same user stays valid."""
     other = {"Authorization": f"Bearer {log_in(ada).json()['token']}"}
     assert ada.http.post("/auth/logout").json() == {"message": "Logged out"}
     assert ada.http.get("/auth/me").status_code == 401
@@ -1082,7 +1094,7 @@ def test_logging_out_refuses_this_token_alone(ada: Person) -> None:
 
 
 def test_a_new_password_refuses_every_earlier_token(ada: Person) -> None:
-    """The answer's own token works, no other does, nor does the old password."""
+    """Only the token that the answer contains stays valid; earlier tokens and the old password are refused."""
     body = {"current_password": ada.password, "new_password": "something else"}
     old = ada.http.headers["Authorization"]
     token = ada.http.put("/auth/password", json=body).json()["token"]
@@ -1100,7 +1112,7 @@ def test_a_new_password_refuses_every_earlier_token(ada: Person) -> None:
     ],
 )
 def test_the_password_is_asked_for_what_matters(method: str, path: str, body: JSON, ada: Person) -> None:
-    """A token alone neither changes the password nor deletes the account."""
+    """Changing the password and deleting the account require the password in addition to a token."""
     response = ada.http.request(method, path, json=body)
     assert (response.status_code, response.json()["code"]) == (401, "invalid_credentials")
     assert log_in(ada).status_code == 200
@@ -1108,7 +1120,7 @@ def test_the_password_is_asked_for_what_matters(method: str, path: str, body: JS
 
 @pytest.mark.parametrize(("invite", "status"), [("let me in", 201), ("let me", 403), ("", 403), (None, 403)])
 def test_an_invite_opens_the_sign_up(invite: str | None, status: int, serve: Callable[..., Served]) -> None:
-    """Where `SIGNUP` is a code, an account needs just that code."""
+    """If `SIGNUP` is an invite code, a sign-up must send exactly this code."""
     with anonymous(serve(signup=SecretStr("let me in")).url) as http:
         response = sign_up(http, **({} if invite is None else {"invite": invite}))
         assert response.status_code == status
@@ -1118,7 +1130,7 @@ def test_an_invite_opens_the_sign_up(invite: str | None, status: int, serve: Cal
 
 
 def test_the_newest_comes_first(ada: Person) -> None:
-    """Of projects and of sessions, archived ones apart."""
+    """Projects and sessions are listed newest first; archived sessions are listed separately."""
     projects = [ada.project(name) for name in ("One", "Two", "Three")]
     assert ada.http.get("/projects").json() == projects[::-1]
     sessions = [ada.session(projects[0], label=label) for label in ("One", "Two", "Three")]
@@ -1131,7 +1143,7 @@ def test_the_newest_comes_first(ada: Person) -> None:
 
 
 def test_a_new_project_has_its_folder(ada: Person, served: Served) -> None:
-    """With a `README.md` in it, of which the file routes tell."""
+    """A new project's folder contains a `README.md`, which the file routes list and return."""
     project = ada.project("Rosen & Gärten", "About roses")
     folder = served.settings.projects / project["project_path"].rpartition("/")[2]
     assert "Rosen & Gärten" in (folder / "README.md").read_text(encoding="utf-8")
@@ -1142,7 +1154,7 @@ def test_a_new_project_has_its_folder(ada: Person, served: Served) -> None:
 
 
 def test_a_project_of_old_gets_a_folder_with_its_first_file(ada: Person, served: Served) -> None:
-    """One that was made before there were folders has no files, and becomes like any other when one is written."""
+    """A legacy project without a folder has an empty list of files; writing the first file creates its folder."""
     project = ada.project("Of old")
     spoil(served, "UPDATE projects SET project_path = '' WHERE id = ?", project["id"])
     path = f"/projects/{project['id']}/files"
@@ -1156,11 +1168,12 @@ def test_a_project_of_old_gets_a_folder_with_its_first_file(ada: Person, served:
     assert names == ["0.txt", "1.txt", "2.txt", "3.txt", "README.md"]
     folder = Path(ada.http.get(f"/projects/{project['id']}").json()["project_path"])
     others = set(served.settings.projects.glob("Of_old*")) - {folder, Path(project["project_path"])}
-    assert not others, "what two requests at once made beside it is gone"
+    assert not others, "a folder is left that simultaneous requests created in addition"
 
 
 def test_a_session_is_what_it_was_asked_to_be(ada: Person) -> None:
-    """`webchat` and `main` unless given; without a label it takes its first message's opening words."""
+    """The defaults are `webchat` and `main`; without a label, a session gets the beginning of its first message as its
+    label."""
     project = ada.project()
     bare = ada.http.post(f"/projects/{project['id']}/sessions").json()
     assert (bare["channel"], bare["agent_id"], bare["archived"], bare["label"]) == ("webchat", "main", 0, None)
@@ -1173,7 +1186,7 @@ def test_a_session_is_what_it_was_asked_to_be(ada: Person) -> None:
 
 
 def test_an_archived_session_takes_no_message(ada: Person) -> None:
-    """404 as if it were not there, until it is taken out of the archive."""
+    """The answer is 404 until the session is unarchived."""
     session = ada.session()
     ada.http.put(f"/sessions/{session['id']}", json={"archived": True})
     assert ada.say(session, "Hello").code == "session_not_found"
@@ -1185,7 +1198,8 @@ def test_an_archived_session_takes_no_message(ada: Person) -> None:
     "route", [route for route in ROUTES if route.method == "DELETE" and not route.public], ids=by_name
 )
 def test_what_is_deleted_is_gone(route: Route, scene: Scene, served: Served, openclaw: StandIn) -> None:
-    """Messages, pictures and the gateway's session with it, and the folder with its project; what runs is stopped."""
+    """Deleting a session, its project or the account removes messages, images and the conversation in the gateway, and
+    stops the running turn. Deleting a project or account also removes the project's folder."""
     person, session, names = scene.person, scene.session, scene.names
     with person.listen(session, "[[chunks=9999 delay=0.05]]") as (_, stream):
         stream.read(to_first_text=True)
@@ -1202,7 +1216,7 @@ def test_what_is_deleted_is_gone(route: Route, scene: Scene, served: Served, ope
 
 
 def test_files_are_listed_in_order(ada: Person) -> None:
-    """Folders and files by name, each path from the project's root."""
+    """Folders and files are sorted by name; each path is relative to the project's folder."""
     root = f"/projects/{ada.project()['id']}/files"
     for path in ("b/two.txt", "b/a/deep.txt", "a.txt", "c.txt"):
         assert ada.http.put(f"{root}/{path}", json={"content": "words"}).json() == {"success": True, "size": 5}
@@ -1227,7 +1241,7 @@ def test_files_are_listed_in_order(ada: Person) -> None:
     ids=["text", "empty", "undecodable", "zero", "picture", "10 MB"],
 )
 def test_a_file_is_text_or_binary(data: bytes, content: str, binary: bool, ada: Person, served: Served) -> None:
-    """What is not text comes without its content; the size is in bytes."""
+    """A binary file is returned without its content; the size is in bytes."""
     project = ada.project()
     folder = served.settings.projects / project["project_path"].rpartition("/")[2]
     (folder / "file").write_bytes(data)
@@ -1236,7 +1250,7 @@ def test_a_file_is_text_or_binary(data: bytes, content: str, binary: bool, ada: 
 
 
 def test_a_file_over_10_mb_is_not_read(ada: Person, served: Served) -> None:
-    """413 for one that lies there, however it came."""
+    """The answer is 413 for a larger file, even if another program wrote it."""
     project = ada.project()
     folder = served.settings.projects / project["project_path"].rpartition("/")[2]
     (folder / "file").write_bytes(b"x" * (10 * MEGABYTE + 1))
@@ -1261,12 +1275,12 @@ PICTURES = pytest.mark.parametrize("image", [None, encoded(PNG)], ids=["text", "
 
 
 def expected(text: str, images: list[bytes]) -> str:
-    """The reply that a client must have."""
+    """Returns the text of the reply that a client must receive."""
     return "" if "end=empty" in text or "end=blank" in text else reply_text(text, 1, images)
 
 
 def pieces(raw: bytes) -> list[tuple[int, JSON]]:
-    """The frames of a whole stream with their ids; asserts that each byte of it is as the contract shows."""
+    """Returns the frames of a whole stream with their ids, and asserts that each byte has the documented format."""
     *blocks, rest = raw.decode().split("\n\n")
     assert rest == ""
     assert blocks.pop() == "data: [DONE]"
@@ -1280,7 +1294,8 @@ def pieces(raw: bytes) -> list[tuple[int, JSON]]:
 
 
 def read(frames: list[tuple[int, JSON]], reply_id: int, after: int = 0) -> str:
-    """The text of the frames from an offset on; asserts the contract's format of each, and that the ids count."""
+    """Returns the text of the frames after an offset, and asserts that each frame has the documented format and
+    offset."""
     text = ""
     for number, (until_here, frame) in enumerate(frames, 1):
         last = number == len(frames)
@@ -1299,8 +1314,8 @@ def read(frames: list[tuple[int, JSON]], reply_id: int, after: int = 0) -> str:
 @PICTURES
 @pytest.mark.parametrize("text", SAYINGS)
 def test_a_stream_is_framed_as_the_contract_shows(text: str, image: str | None, ada: Person) -> None:
-    """Headers, frames and ids, the same with an image as without; `X-Message-Id` and `X-User-Message-Id` are the
-    two messages that are stored, as they were streamed."""
+    """Headers, frames and ids are the same with and without an image. `X-Message-Id` and `X-User-Message-Id` name the
+    two stored messages, which have the streamed text."""
     session = ada.session()
     with ada.listen(session, text, image=image) as (response, _):
         raw = response.read()
@@ -1324,7 +1339,7 @@ def test_a_stream_is_framed_as_the_contract_shows(text: str, image: str | None, 
 @PICTURES
 @pytest.mark.parametrize("text", SAYINGS)
 def test_a_reply_comes_whole_where_it_is_not_streamed(text: str, image: str | None, ada: Person) -> None:
-    """The same reply in one piece, as it is stored."""
+    """Without streaming, the answer is the same reply as one JSON object, as it is stored."""
     session = ada.session()
     response = chat(ada, text, session, **({"image": image} if image else {}))
     reply = ada.messages(session)[-1]
@@ -1337,7 +1352,7 @@ def test_a_reply_comes_whole_where_it_is_not_streamed(text: str, image: str | No
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_chat_stream_is_chat_with_stream(stream: bool, ada: Person) -> None:
-    """`POST /chat` with `stream: true`, and `/chat/stream` whatever `stream` says, are one."""
+    """`POST /chat` with `stream: true` and `POST /chat/stream` with any `stream` answer alike."""
     text, got = "[[chunks=20 size=6]]", []
     for path, flag in (("/chat", True), ("/chat/stream", stream)):
         session = ada.session()
@@ -1351,7 +1366,8 @@ def test_chat_stream_is_chat_with_stream(stream: bool, ada: Person) -> None:
 
 
 def test_only_the_last_user_message_is_taken(ada: Person, openclaw: StandIn) -> None:
-    """`messages` may hold the whole conversation: the gateway keeps the rest, so only the newest goes out."""
+    """`messages` may contain the whole conversation. Only the last message of the user is sent, because the gateway
+    keeps the history."""
     session = ada.session()
     conversation = [
         {"role": "system", "content": "Be brief."},
@@ -1385,7 +1401,7 @@ def test_only_the_last_user_message_is_taken(ada: Person, openclaw: StandIn) -> 
 )
 @pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
 def test_a_message_says_something(path: str, messages: list[JSON], ada: Person) -> None:
-    """No user's message, or an empty one, is refused and leaves nothing."""
+    """A request without a user's message, or with an empty one, is refused and stores nothing."""
     session = ada.session()
     response = ada.http.post(path, json={"session_key": session["session_key"], "messages": messages})
     assert (response.status_code, response.json()["code"]) == (400, "no_user_message")
@@ -1393,7 +1409,7 @@ def test_a_message_says_something(path: str, messages: list[JSON], ada: Person) 
 
 
 def content_of(openclaw: StandIn, session: JSON) -> tuple[list[str], list[bytes]]:
-    """The texts and pictures of the one message that the gateway got in a session."""
+    """Returns the texts and images of the only message that the gateway received in a session."""
     (request,) = asked(openclaw, session)
     content = request.body["messages"][-1]["content"]
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
@@ -1407,7 +1423,8 @@ KINDS = {"JPEG": "image/jpeg", "PNG": "image/png", "GIF": "image/gif", "WEBP": "
 @pytest.mark.parametrize("label", ["", "its own", "data:image/png;base64,", "data:image/x-whatever;base64,"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_judged_by_its_bytes(kind: str, label: str, ada: Person, openclaw: StandIn) -> None:
-    """With a prefix or without, and whatever it claims; every browser can show what comes back, so HEIC is JPEG."""
+    """The media type comes from the bytes, with any `data:` prefix or none. HEIC is converted to JPEG, because not
+    every browser shows HEIC."""
     session, data = ada.session(), picture(kind, "blue")
     prefix = f"data:{KINDS[kind]};base64," if label == "its own" else label
     assert chat(ada, "Look", session, image=prefix + encoded(data)).status_code == 200
@@ -1423,7 +1440,8 @@ def test_an_image_is_judged_by_its_bytes(kind: str, label: str, ada: Person, ope
 
 
 def test_content_may_be_parts(ada: Person, openclaw: StandIn) -> None:
-    """OpenAI's content parts, beside `image` too: texts in their order, pictures in theirs, the first as `image`."""
+    """OpenAI content parts are accepted, also together with `image`. Texts and images keep their order, and the one in
+    `image` is the last image. The stored message shows its first image as `image`."""
     colors = [picture("PNG", color) for color in ("red", "green", "blue")]
     urls = [f"data:image/png;base64,{encoded(data)}" for data in colors]
     parts = [
@@ -1442,7 +1460,7 @@ def test_content_may_be_parts(ada: Person, openclaw: StandIn) -> None:
 
 
 def test_an_image_needs_no_words(ada: Person, openclaw: StandIn) -> None:
-    """A picture alone is a message."""
+    """A message may consist of an image only."""
     session = ada.session()
     assert chat(ada, "", session, image=encoded(PNG)).status_code == 200
     assert content_of(openclaw, session) == ([], [PNG])
@@ -1484,7 +1502,7 @@ def test_a_refused_image_leaves_nothing(
     served: Served,
     openclaw: StandIn,
 ) -> None:
-    """No row, no file, no turn: as if it had never been sent."""
+    """A refused image leaves no row, no file and no turn."""
     session = ada.session()
     body = {"session_key": session["session_key"], "messages": [{"role": "user", "content": content}], "image": image}
     response = ada.http.post(path, json=body)
@@ -1496,7 +1514,7 @@ def test_a_refused_image_leaves_nothing(
 
 
 def test_as_many_images_as_the_contract_allows(ada: Person, openclaw: StandIn) -> None:
-    """Eight of them, one a hair under 10 MB."""
+    """Eight images are accepted, one of them just below 10 MB."""
     big = PNG + b"\0" * (10 * MEGABYTE - len(PNG))
     assert chat(ada, [ONE] * 8).status_code == 200
     session = ada.session()
@@ -1509,7 +1527,8 @@ def test_as_many_images_as_the_contract_allows(ada: Person, openclaw: StandIn) -
 
 @pytest.mark.parametrize("key", ["a", "x" * 255, "with spaces, and: signs~"])
 def test_a_key_makes_one_turn(key: str, ada: Person, openclaw: StandIn) -> None:
-    """The first reply comes back, streamed or not, and the gateway is asked once; another session has its own."""
+    """The second request returns the first reply, streamed or not, without another request to the gateway. The same key
+    in another session begins a turn of its own."""
     session, header = ada.session(), {"Idempotency-Key": key}
     first = chat(ada, "Hello", session, headers=header)
     again = chat(ada, "Hello", session, headers=header)
@@ -1523,7 +1542,7 @@ def test_a_key_makes_one_turn(key: str, ada: Person, openclaw: StandIn) -> None:
 
 
 def test_a_key_finds_the_reply_that_still_runs(ada: Person, openclaw: StandIn) -> None:
-    """It is given live, from its beginning."""
+    """The second request streams the running reply, live and from its beginning."""
     session, text = ada.session(), "[[chunks=30 size=8 delay=0.02]]"
     with ada.listen(session, text, key="once") as (response, stream):
         stream.read(to_first_text=True)
@@ -1535,7 +1554,7 @@ def test_a_key_finds_the_reply_that_still_runs(ada: Person, openclaw: StandIn) -
 
 @pytest.mark.parametrize("changed", [{"content": "Other"}, {"content": "Hello", "image": encoded(PNG)}])
 def test_a_key_stands_for_one_message(changed: JSON, ada: Person) -> None:
-    """The same key with other words or another picture is refused, and leaves nothing."""
+    """The same key with another text or image is refused and stores nothing."""
     session, header = ada.session(), {"Idempotency-Key": "once"}
     assert chat(ada, "Hello", session, headers=header).status_code == 200
     response = chat(ada, session=session, headers=header, **changed)
@@ -1545,7 +1564,7 @@ def test_a_key_stands_for_one_message(changed: JSON, ada: Person) -> None:
 
 @pytest.mark.parametrize("key", [b"", b"x" * 256, b"\xc3\xa9", b"tab\there"])
 def test_a_key_is_short_and_printable(key: bytes, ada: Person) -> None:
-    """1 to 255 printable characters, or 422."""
+    """A key that is not 1 to 255 printable ASCII characters gets a 422."""
     session = ada.session()
     response = chat(ada, "Hello", session, headers={"Idempotency-Key": key})
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
@@ -1554,7 +1573,7 @@ def test_a_key_is_short_and_printable(key: bytes, ada: Person) -> None:
 
 # --- how a turn fails ---------------------------------------------------------------------------------
 
-# What the gateway does, the code that it means, and whether the same may go well next time.
+# An instruction to the stand-in gateway, the error code that must follow, and whether it is `retryable`.
 FAILURES = [
     ("[[status=400]]", "gateway_error", False),
     ("[[status=401]]", "gateway_auth", False),
@@ -1581,7 +1600,7 @@ BREAKS = [
 
 
 def failed(person: Person, session: JSON, code: str, retryable: bool) -> JSON:
-    """The reply of a session that has failed, after a look at how it is stored."""
+    """Returns the failed reply of a session, and asserts how its failure is stored."""
     reply = person.messages(session)[-1]
     assert not differences(reply, MESSAGE | {"status": "failed", "error": FAILURE | {"code": code}})
     assert reply["error"]["retryable"] is retryable
@@ -1593,7 +1612,7 @@ def failed(person: Person, session: JSON, code: str, retryable: bool) -> JSON:
 def test_a_failure_before_any_text_is_a_status(
     path: str, text: str, code: str, retryable: bool, ada: Person, openclaw: StandIn, document: JSON
 ) -> None:
-    """Streamed or not; the sentence is the stored one, and tells nothing of the gateway's token or own words."""
+    """This holds for both routes. The answer has the stored sentence, without the gateway's token or error text."""
     session = ada.session()
     body = {"session_key": session["session_key"], "messages": [{"role": "user", "content": text}]}
     response = ada.http.post(path, json=body)
@@ -1602,16 +1621,18 @@ def test_a_failure_before_any_text_is_a_status(
     assert response.json() == {"detail": reply["error"]["message"], "code": code, "message_id": reply["id"]}
     assert response.headers["X-Message-Id"] == str(reply["id"])
     assert reply["content"] == ""
+    # This sentence of the service contains the stand-in's error text "internal error" by coincidence.
+    shown = response.text.replace("OpenClaw had an internal error", "")
     for word in (openclaw.token, "internal error", "Unknown agent"):
-        assert word not in response.text
+        assert word not in shown
     assert not undocumented(response, document)
 
 
 @PICTURES
 @pytest.mark.parametrize(("text", "code", "retryable"), BREAKS)
 def test_a_failure_after_text_is_a_frame(text: str, code: str, retryable: bool, image: str | None, ada: Person) -> None:
-    """The text that came stays as it was read, the error is beside it and never in it, and `[DONE]` ends it; who
-    comes back to it reads the same."""
+    """The text received so far is kept; the last frame has the error, which is not part of the text, and `[DONE]`
+    follows. Resuming returns the same."""
     session = ada.session()
     with ada.listen(session, text, image=image) as (response, _):
         frames = pieces(response.read())
@@ -1629,7 +1650,7 @@ def test_a_failure_after_text_is_a_frame(text: str, code: str, retryable: bool, 
 def test_a_failure_after_text_is_a_status_where_it_is_not_streamed(
     text: str, code: str, retryable: bool, ada: Person
 ) -> None:
-    """It carries the id under which the text that came can be read."""
+    """The answer has the `message_id` under which the text received so far can be read."""
     session = ada.session()
     response = chat(ada, text, session)
     reply = failed(ada, session, code, retryable)
@@ -1639,7 +1660,7 @@ def test_a_failure_after_text_is_a_status_where_it_is_not_streamed(
 
 
 def test_the_next_message_goes_on_after_a_failure(ada: Person) -> None:
-    """A session is not spoilt by a turn that failed."""
+    """A session accepts messages after a turn that failed."""
     session = ada.session()
     assert ada.say(session, "[[status=500]]").code == "gateway_error"
     assert ada.say(session, "[[chunks=3 end=drop]]").code == "gateway_incomplete"
@@ -1650,7 +1671,7 @@ def test_the_next_message_goes_on_after_a_failure(ada: Person) -> None:
 
 
 def test_a_stopped_reply_keeps_what_it_has(ada: Person, openclaw: StandIn) -> None:
-    """The stream ends as `stopped`, so does the row, the agent's run is aborted, and a second stop finds nothing."""
+    """Stream and row end as `stopped`, the agent's run is aborted, and a second stop finds nothing to stop."""
     session = ada.session()
     with ada.listen(session, "[[chunks=9999 delay=0.02]]") as (response, stream):
         stream.read(to_first_text=True)
@@ -1665,7 +1686,8 @@ def test_a_stopped_reply_keeps_what_it_has(ada: Person, openclaw: StandIn) -> No
 
 
 def test_a_stopped_reply_that_is_not_streamed_comes_as_it_is(ada: Person) -> None:
-    """200 with the text so far and `stopped`; what waited behind it is dropped and says so too."""
+    """The stopped turn answers 200 with its text so far and the status `stopped`; the turns queued behind it also
+    answer `stopped`."""
     session = ada.session()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(chat, ada, "[[chunks=9999 delay=0.02]]", session)
@@ -1679,11 +1701,11 @@ def test_a_stopped_reply_that_is_not_streamed_comes_as_it_is(ada: Person) -> Non
     assert (second.status_code, second.json()["status"], second.json()["content"]) == (200, "stopped", "")
 
 
-# --- a stream that takes its time ---------------------------------------------------------------------
+# --- comments in a stream -----------------------------------------------------------------------------
 
 
 def test_a_silent_agent_is_waited_for_with_comments(serve: Callable[..., Served]) -> None:
-    """The response begins within a second, with a comment, and another comes as often as is set."""
+    """The response begins with a comment within a second, and a comment follows every `PING_SECONDS`."""
     with serve(ping_seconds=0.2).person() as person:
         started = time.monotonic()
         with person.listen(person.session(), "[[first=1.5 chunks=3]]") as (response, stream):
@@ -1696,7 +1718,7 @@ def test_a_silent_agent_is_waited_for_with_comments(serve: Callable[..., Served]
 
 
 def test_a_waiting_turn_is_waited_for_with_comments(serve: Callable[..., Served]) -> None:
-    """A stream behind another one begins in time as well, and is read to its end."""
+    """The stream of a queued turn also begins within a second, and can be read to its end."""
     with serve(ping_seconds=0.2).person() as person:
         session = person.session()
         with person.listen(session, "[[chunks=20 delay=0.06]]") as (_, first):
@@ -1711,7 +1733,7 @@ def test_a_waiting_turn_is_waited_for_with_comments(serve: Callable[..., Served]
 
 
 def test_comments_come_every_15_seconds_at_least(served: Served, openclaw: StandIn) -> None:
-    """Whatever is set."""
+    """The maximum of `PING_SECONDS` is 15."""
     assert served.settings.ping_seconds <= 15
     with pytest.raises(ValidationError):
         make_settings(served.settings.data, openclaw, ping_seconds=15.1)
@@ -1725,7 +1747,7 @@ OFFSETS = [0, 1, 5, 10, 11, 12, 100, LENGTH - 1, LENGTH, LENGTH + 1, 10**12]
 
 
 class Stored(NamedTuple):
-    """A reply that is over, and where it is streamed from."""
+    """A complete reply, and the path of its stream."""
 
     http: httpx.Client
     url: str
@@ -1734,7 +1756,7 @@ class Stored(NamedTuple):
 
 @pytest.fixture(scope="module")
 def stored(served: Served) -> Iterator[Stored]:
-    """A reply of 220 characters."""
+    """A complete reply of 220 characters."""
     with served.person() as person:
         session = person.session()
         reply_id = chat(person, LONG, session).json()["id"]
@@ -1744,8 +1766,8 @@ def stored(served: Served) -> Iterator[Stored]:
 @pytest.mark.parametrize("after", OFFSETS)
 @pytest.mark.parametrize("how", ["header", "query", "both"])
 def test_a_reply_is_resumed_from_any_character(how: str, after: int, stored: Stored) -> None:
-    """By `Last-Event-ID`, or `?from=`, of which the header goes first: the rest of it, its end and `[DONE]`; past
-    the end that is all that there is."""
+    """`Last-Event-ID` takes precedence over `?from=`. The response contains the text after the offset, the end and
+    `[DONE]`; after an offset past the end, only the end and `[DONE]`."""
     headers = {} if how == "query" else {"Last-Event-ID": str(after)}
     params = {"query": {"from": after}, "both": {"from": 3}}.get(how, {})
     response = stored.http.get(stored.url, headers=headers, params=params)
@@ -1760,13 +1782,13 @@ def test_a_reply_is_resumed_from_any_character(how: str, after: int, stored: Sto
 
 
 def test_without_an_offset_a_reply_comes_from_its_beginning(stored: Stored) -> None:
-    """All of it."""
+    """The response contains the whole reply."""
     assert read(pieces(stored.http.get(stored.url).content), stored.id) == reply_text(LONG)
 
 
 @pytest.mark.parametrize("wrong", [b"five", b"-1", b"1.5", b"1e3", b"", b"0x10", b"1_0", b"\xb2", b"9" * 5000])
 def test_a_malformed_last_event_id_is_refused(wrong: bytes, stored: Stored, document: JSON) -> None:
-    """400: it is no frame's id, and to begin anew would double the text."""
+    """The answer is 400: starting at 0 instead would make the client show text twice."""
     response = stored.http.get(stored.url, headers={b"Last-Event-ID": wrong})
     assert (response.status_code, response.json()["code"]) == (400, "invalid_request")
     assert not undocumented(response, document)
@@ -1774,14 +1796,14 @@ def test_a_malformed_last_event_id_is_refused(wrong: bytes, stored: Stored, docu
 
 @pytest.mark.parametrize("wrong", ["five", "-1", "1.5", "", "9" * 5000])
 def test_a_malformed_from_is_refused(wrong: str, stored: Stored, document: JSON) -> None:
-    """422, as every malformed parameter."""
+    """The answer is 422, as for every malformed parameter."""
     response = stored.http.get(stored.url, params={"from": wrong})
     assert response.status_code == 422
     assert not undocumented(response, document)
 
 
 def test_every_frames_id_is_a_place_to_resume(ada: Person) -> None:
-    """Whichever frame was read last, in whatever script, what follows completes the text."""
+    """After any frame, resuming returns the missing text, also for characters outside of ASCII."""
     text, session = "[[chunks=12 size=5 split=2 end=surrogates]]", ada.session()
     with ada.listen(session, text) as (response, _):
         frames = pieces(response.read())
@@ -1794,14 +1816,14 @@ def test_every_frames_id_is_a_place_to_resume(ada: Person) -> None:
 
 
 def test_a_running_reply_has_any_number_of_readers(ada: Person) -> None:
-    """Each from where it likes, live, to the same end."""
+    """Several clients read it live, from different offsets, to the same end."""
     session, text = ada.session(), "[[chunks=30 size=9 delay=0.02]]"
     with ada.listen(session, text) as (response, stream):
         stream.read(to_first_text=True)
         reply_id = int(response.headers["X-Message-Id"])
         with ada.resume(session, reply_id) as whole, ada.resume(session, reply_id, 4) as rest:
             assert whole.read(to_first_text=True).text
-            assert ada.reply(session, "streaming"), "they read while it runs"
+            assert ada.reply(session, "streaming"), "the reply ended too early for this test"
             assert whole.read().text == reply_text(text)
             assert rest.read().text == reply_text(text)[4:]
         assert stream.read().text == reply_text(text)
@@ -1809,7 +1831,7 @@ def test_a_running_reply_has_any_number_of_readers(ada: Person) -> None:
 
 
 def test_a_reader_past_the_end_of_a_running_reply_waits_for_it(ada: Person) -> None:
-    """Nothing that it has is sent again."""
+    """The client receives no character again that it already has."""
     session, text = ada.session(), "[[chunks=30 size=9 delay=0.02]]"
     after = len(reply_text(text)) - 5
     with ada.listen(session, text) as (response, stream):
@@ -1819,7 +1841,8 @@ def test_a_reader_past_the_end_of_a_running_reply_waits_for_it(ada: Person) -> N
 
 
 def test_an_interrupted_reply_ends_as_such(serve: Callable[..., Served]) -> None:
-    """After the service was stopped and started: the text that came, `interrupted`, and why."""
+    """After a restart of the service, the stream contains the text received so far, the status `interrupted` and the
+    reason."""
     service = serve(drain_seconds=0)
     with service.person() as person:
         session = person.session()
@@ -1836,11 +1859,12 @@ def test_an_interrupted_reply_ends_as_such(serve: Callable[..., Served]) -> None
     assert rest.text.startswith(stream.text)
 
 
-# --- messages and pictures ----------------------------------------------------------------------------
+# --- messages and images ------------------------------------------------------------------------------
 
 
 def test_messages_are_paged_from_the_newest(ada: Person) -> None:
-    """Oldest first; `limit` takes the newest so many, `before` those older than an id, both together a page."""
+    """Messages are listed oldest first. `limit` selects the newest ones, `before` those older than an id, and both
+    together a page."""
     session = ada.session()
     for text in ("One", "Two", "Three"):
         ada.say(session, text)
@@ -1862,14 +1886,14 @@ def test_messages_are_paged_from_the_newest(ada: Person) -> None:
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": -1}, {"limit": "all"}, {"before": "x"}, {"before": 2**63}])
 def test_a_malformed_page_is_refused(params: JSON, scene: Scene) -> None:
-    """422."""
+    """The answer is 422."""
     response = scene.person.http.get(f"/sessions/{scene.session['id']}/messages", params=params)
     assert response.status_code == 422
 
 
 def test_a_picture_loads_without_a_header(scene: Scene, served: Served) -> None:
-    """As `<img>` does it: from an absolute URL, its own bytes, of its own type, and nothing that a browser could
-    take for a page."""
+    """An `<img>` element can load it from its absolute URL. The response has the image's bytes and media type, and
+    headers that keep a browser from showing it as a page."""
     url = scene.person.messages(scene.session)[0]["image"]
     assert url.startswith(served.url)
     response = get(url)
@@ -1881,7 +1905,7 @@ def test_a_picture_loads_without_a_header(scene: Scene, served: Served) -> None:
 
 
 def test_a_pictures_url_is_the_public_one(serve: Callable[..., Served]) -> None:
-    """Where `PUBLIC_BASE_URL` says how browsers get here."""
+    """With `PUBLIC_BASE_URL`, image URLs begin with it."""
     with serve(public_base_url="https://chat.example.com/api").person() as person:
         session = person.session()
         chat(person, "Look", session, image=encoded(PNG))
@@ -1905,7 +1929,7 @@ def test_a_pictures_url_is_the_public_one(serve: Callable[..., Served]) -> None:
     ],
 )
 def test_a_pictures_url_cannot_be_changed(change: JSON, hers: Scene, document: JSON) -> None:
-    """Whatever is altered in it, there is no such image."""
+    """A URL with any changed part gets `image_not_found`."""
     response = send(hers.person.http, IMAGE, hers.names | change)
     assert (response.status_code, response.json()["code"]) == (404, "image_not_found")
     assert not undocumented(response, document)
@@ -1913,14 +1937,14 @@ def test_a_pictures_url_cannot_be_changed(change: JSON, hers: Scene, document: J
 
 @pytest.mark.parametrize("query", ["", "?expires={expires}", "?signature={signature}"])
 def test_a_pictures_url_is_needed_whole(query: str, hers: Scene) -> None:
-    """Its owner's token is no substitute."""
+    """A URL without its whole query gets 404, also with the token of the image's owner."""
     path = "/images/{image_id}.{extension}" + query
     assert hers.person.http.get(path.format_map(hers.names)).status_code == 404
 
 
 @pytest.mark.parametrize(("age", "status"), [(0, 200), (3 * 86_400, 404)])
 def test_a_pictures_url_expires(age: int, status: int, hers: Scene, served: Served) -> None:
-    """One that was made three days ago leads nowhere, however well it is signed."""
+    """A valid signature that was made three days ago gets 404."""
     assert served.settings.jwt_secret is not None
     store = ImageStore(served.settings.images, served.settings.jwt_secret.get_secret_value().encode())
     path = store.sign(int(hers.names["image_id"]), "any/file.png", time.time() - age)
@@ -1934,7 +1958,7 @@ def test_a_pictures_url_expires(age: int, status: int, hers: Scene, served: Serv
 
 
 def test_health_says_what_runs(served: Served, openclaw: StandIn) -> None:
-    """Version, port and gateway are those of this service, and no secret is told."""
+    """Version, port and gateway are those of this service, and no secret is shown."""
     response = get(f"{served.url}/health")
     health = response.json()
     assert (health["port"], health["gateway"]["url"]) == (served.port, openclaw.url)
@@ -1945,14 +1969,15 @@ def test_health_says_what_runs(served: Served, openclaw: StandIn) -> None:
 
 
 def test_health_does_not_wait_for_the_gateway(serve: Callable[..., Served], document: JSON) -> None:
-    """200 at once where nothing answers there; readiness says 503, the cause and its fix."""
+    """`/health` answers 200 at once while the gateway is down; `/health/ready` answers 503 with the cause and the
+    fix."""
     service = serve(clawdbot_base_url=f"http://127.0.0.1:{free_port()}")
     get(f"{service.url}/health")
     started = time.monotonic()
     response = get(f"{service.url}/health")
     assert time.monotonic() - started < 0.5
     assert response.status_code == 200
-    until(lambda: get(f"{service.url}/health").json()["gateway"]["checked_at"], 5, "a look")
+    until(lambda: get(f"{service.url}/health").json()["gateway"]["checked_at"], 5, "a check of the gateway")
     assert get(f"{service.url}/health").json()["gateway"]["ok"] is False
     ready = get(f"{service.url}/health/ready")
     assert (ready.status_code, ready.json()["code"]) == (503, "not_ready")
@@ -1961,7 +1986,7 @@ def test_health_does_not_wait_for_the_gateway(serve: Callable[..., Served], docu
 
 
 def test_health_is_an_error_without_the_database(serve: Callable[..., Served], document: JSON) -> None:
-    """503 that says so, documented like the rest."""
+    """The answer is a documented 503."""
     service = serve()
     spoil(service, "ALTER TABLE users RENAME TO elsewhere")
     response = get(f"{service.url}/health")

@@ -1,4 +1,4 @@
-"""SQLite as the service uses it: transactions, the schema's own rules, leases, migrations, two processes."""
+"""`database.py` on real files: transactions, constraints of the schema, leases, migrations, concurrent processes."""
 
 import asyncio
 import itertools
@@ -28,12 +28,12 @@ from .service import CHECKOUT
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a database is to be."""
+    """The path of a database that does not exist yet."""
     return tmp_path / "some.db"
 
 
 def using(path: Path, work: Callable[[Database], Awaitable[object]]) -> object:
-    """What `work(db)`, a coroutine function, brings back with the database open."""
+    """Returns the result of `work(db)`, a coroutine function, run with the database open."""
 
     async def run() -> object:
         db = Database(path)
@@ -48,7 +48,7 @@ def using(path: Path, work: Callable[[Database], Awaitable[object]]) -> object:
 
 @pytest.fixture
 def conn(path: Path) -> Iterator[Connection]:
-    """A connection to a new database with a session in it."""
+    """A connection to a new database that contains a session."""
     sql.migrate(path)
     conn = database.connect(path, read_only=False)
     user = sql.insert_user(conn, "Ada@example.com", None, "hash")
@@ -59,7 +59,7 @@ def conn(path: Path) -> Iterator[Connection]:
 
 
 def begin(conn: Connection, key: str | None = None, owner: str = "me") -> sql.Begun:
-    """A turn in the session."""
+    """Begins a turn in the session."""
     session = sql.select_session(conn, 1, 1)
     return sql.begin_turn(conn, sql.NewTurn(1, session.session_key, "Hi", "Hi", "digest", key, owner))
 
@@ -67,8 +67,8 @@ def begin(conn: Connection, key: str | None = None, owner: str = "me") -> sql.Be
 # --- transactions -------------------------------------------------------------------------------------
 
 
-def test_a_job_that_fails_undoes_itself_alone(path: Path) -> None:
-    """Of jobs that are committed together, one that raises leaves no trace and spoils no other."""
+def test_a_failing_job_is_rolled_back_alone(path: Path) -> None:
+    """When a job raises, its changes are rolled back; the other jobs of the same transaction are committed."""
 
     def fail(conn: Connection) -> None:
         sql.insert_user(conn, "bad@example.com", None, "h")
@@ -84,7 +84,7 @@ def test_a_job_that_fails_undoes_itself_alone(path: Path) -> None:
 
 
 def test_a_reader_cannot_write(path: Path) -> None:
-    """The connections that read refuse to write, so that one alone writes and checkpoints."""
+    """The reading connections refuse to write, so that only one connection writes and checkpoints."""
 
     async def work(db: Database) -> None:
         with pytest.raises(errors.Unavailable):
@@ -95,8 +95,8 @@ def test_a_reader_cannot_write(path: Path) -> None:
     using(path, work)
 
 
-def test_a_writer_that_waits_for_another_process_gets_its_turn(path: Path) -> None:
-    """While another process holds the database a write waits, and is done afterwards."""
+def test_a_write_waits_for_another_process(path: Path) -> None:
+    """A write that another process blocks with a transaction waits, and succeeds afterwards."""
 
     async def work(db: Database) -> None:
         script = (
@@ -112,8 +112,8 @@ def test_a_writer_that_waits_for_another_process_gets_its_turn(path: Path) -> No
     using(path, work)
 
 
-def test_a_full_disk_is_said_and_leaves_no_half(path: Path) -> None:
-    """Where SQLite cannot write, every waiting job hears that the database cannot be used, and the next go on."""
+def test_a_full_disk_rolls_back_the_transaction(path: Path) -> None:
+    """When SQLite cannot write, the jobs raise errors.Unavailable and store nothing; later jobs succeed."""
 
     async def work(db: Database) -> None:
         await db.write(lambda conn: conn.execute("PRAGMA max_page_count=60"))
@@ -127,11 +127,11 @@ def test_a_full_disk_is_said_and_leaves_no_half(path: Path) -> None:
     using(path, work)
 
 
-# --- the schema's own rules ---------------------------------------------------------------------------
+# --- constraints of the schema ------------------------------------------------------------------------
 
 
 def test_one_reply_runs_in_a_session(conn: Connection) -> None:
-    """A second running reply in a session is refused by the database."""
+    """The database refuses a second running reply in a session."""
     begin(conn)
     second = begin(conn)
     with pytest.raises(sqlite3.IntegrityError):
@@ -139,28 +139,28 @@ def test_one_reply_runs_in_a_session(conn: Connection) -> None:
 
 
 def test_a_key_makes_one_turn(conn: Connection) -> None:
-    """The same key is the same turn; the database refuses a second row of it."""
+    """Beginning a turn with a used key returns the earlier turn; the database refuses a second row with the key."""
     first, other = begin(conn, "key"), begin(conn)
     assert begin(conn, "key") == first._replace(existing=True)
     with pytest.raises(sqlite3.IntegrityError, match="idempotency_key"):
         conn.execute("UPDATE turns SET idempotency_key = 'key' WHERE reply_id = ?", (other.reply_id,))
 
 
-WAYS = {
+ALLOWED = {
     "queued": ("streaming", "stopped"),
     "streaming": ("complete", "stopped", "interrupted", "failed", "empty"),
 }
-STATES = ("queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty")
+STATUSES = ("queued", "streaming", "complete", "stopped", "interrupted", "failed", "empty")
 
 
-@pytest.mark.parametrize("new", STATES)
-@pytest.mark.parametrize("old", STATES)
-def test_a_turn_goes_no_other_way(conn: Connection, old: str, new: str) -> None:
-    """From each state a turn can go where the states say, and nowhere else, whoever tries."""
+@pytest.mark.parametrize("new", STATUSES)
+@pytest.mark.parametrize("old", STATUSES)
+def test_other_changes_of_status_are_refused(conn: Connection, old: str, new: str) -> None:
+    """The database accepts each allowed change of a status, and refuses every other one."""
     insert = "INSERT INTO messages (id, session_id, role, content, status, created_at) VALUES (9, 1, 'a', '', ?, '')"
     conn.execute(insert, (old,))
     change = ("UPDATE messages SET status = ? WHERE id = 9", (new,))
-    if new == old or new in WAYS.get(old, ()):
+    if new == old or new in ALLOWED.get(old, ()):
         conn.execute(*change)
     else:
         with pytest.raises(sqlite3.IntegrityError, match="cannot go"):
@@ -168,22 +168,22 @@ def test_a_turn_goes_no_other_way(conn: Connection, old: str, new: str) -> None:
 
 
 def test_only_a_running_reply_changes(conn: Connection) -> None:
-    """The text of a message that is final, or not begun, cannot be changed."""
+    """The database refuses to change the text of a message that is final or queued."""
     begun = begin(conn)
     for message_id in (begun.message_id, begin(conn).reply_id):
         with pytest.raises(sqlite3.IntegrityError, match="only a running reply"):
-            conn.execute("UPDATE messages SET content = 'x' WHERE id = ?", (message_id,))
+            conn.execute("UPDATE messages SET content = 'longer than before' WHERE id = ?", (message_id,))
     conn.execute("UPDATE messages SET content = 'x' WHERE id = ?", (begun.reply_id,))
 
 
-def test_what_is_not_ours_is_not_written(conn: Connection) -> None:
-    """A worker that lost a turn can neither store its text nor end it."""
+def test_a_worker_cannot_write_to_the_turn_of_another(conn: Connection) -> None:
+    """A worker that does not own a turn can neither store its text nor end it."""
     begun = begin(conn, owner="another")
-    assert sql.update_replies(conn, "me", [(begun.reply_id, "text", None)]) == [begun.reply_id]
-    assert not sql.finish_turn(conn, begun.reply_id, "me", sql.Ending("complete", "text", None, None, None))
+    assert sql.append_text(conn, "me", begun.reply_id, 0, "text") is None
+    assert not sql.finish_turn(conn, begun.reply_id, "me", sql.Ending("complete", "text", None, None, None, None))
     reply = sql.select_reply(conn, begun.reply_id)
     assert reply is not None
-    assert (reply.status, reply.content) == ("streaming", "")
+    assert (reply.status, sql.read_text(conn, reply.id)) == ("streaming", [])
 
 
 # --- leases -------------------------------------------------------------------------------------------
@@ -197,13 +197,13 @@ def _hold(folder: Path, name: "multiprocessing.Queue[str]") -> None:
 
 
 def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
-    """A process that is frozen holds its lease; one that is killed has lost it at once."""
+    """A suspended process keeps its lease; a killed process loses it at once."""
     mine, context = Lease(tmp_path), multiprocessing.get_context("spawn")
     mine.take()
-    told: multiprocessing.Queue[str] = context.Queue()
-    process = context.Process(target=_hold, args=(tmp_path, told))
+    names: multiprocessing.Queue[str] = context.Queue()
+    process = context.Process(target=_hold, args=(tmp_path, names))
     process.start()
-    name = told.get(timeout=30)
+    name = names.get(timeout=30)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     assert mine.alive(name)
@@ -221,7 +221,7 @@ def test_a_lease_lives_as_long_as_its_process(tmp_path: Path) -> None:
 
 
 def test_a_new_database_has_the_newest_schema(path: Path) -> None:
-    """A new file is made by the same migrations, without a copy beside it; opening it again changes nothing."""
+    """The migrations create a new file, without a copy; opening it again changes nothing."""
     sql.migrate(path)
     before = path.read_bytes()
     sql.migrate(path)
@@ -232,9 +232,9 @@ def test_a_new_database_has_the_newest_schema(path: Path) -> None:
     assert list(path.parent.glob("*.backup")) == []
 
 
-@pytest.mark.parametrize("content", [b"this is no database, just a text that is long enough to look like one" * 20])
-def test_what_is_no_database_is_refused_and_untouched(path: Path, content: bytes) -> None:
-    """A file that is something else is refused with a sentence, and left as it is."""
+@pytest.mark.parametrize("content", [b"this is not a database, just a text that is long enough to look like one" * 20])
+def test_a_file_that_is_not_a_database_is_refused(path: Path, content: bytes) -> None:
+    """Opening a file that is not a database fails with an error that says so, and leaves the file unchanged."""
     path.write_bytes(content)
     with pytest.raises(errors.Unavailable, match=r"Cannot open .* as a database"):
         Database(path).open()
@@ -242,7 +242,7 @@ def test_what_is_no_database_is_refused_and_untouched(path: Path, content: bytes
 
 
 def test_a_newer_database_is_refused(path: Path) -> None:
-    """A file of a newer schema is refused with what to do, and left as it is."""
+    """Opening a file with a newer schema fails with an error that says what to do, and leaves the file unchanged."""
     sql.migrate(path)
     with sqlite3.connect(path) as conn:
         conn.execute("PRAGMA user_version=999")
@@ -253,8 +253,8 @@ def test_a_newer_database_is_refused(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_two_processes_that_start_at_once_make_one_database(path: Path) -> None:
-    """Two first starts at the same moment are as one."""
+def test_processes_that_start_at_once_make_one_database(path: Path) -> None:
+    """Four processes that create the same database at the same moment all succeed."""
     script = (
         "import pathlib, sys; sys.path.insert(0, sys.argv[2]); import database; "
         "db = database.Database(pathlib.Path(sys.argv[1])); db.open(); db.close()"
@@ -269,32 +269,30 @@ def test_two_processes_that_start_at_once_make_one_database(path: Path) -> None:
 
 
 class Writers:
-    """Processes that write, each with a name."""
+    """Processes of tests/writer.py, each with a name, that write to one database."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._pids: dict[str, int] = {}
         command = [sys.executable, "-m", "tests.writer"]
-        self._nursery = subprocess.Popen(
-            command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._forker = subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, name: str) -> str:
-        """One more of them; returns its name."""
-        assert self._nursery.stdin is not None and self._nursery.stdout is not None
+        """Starts a process, and returns its name."""
+        assert self._forker.stdin is not None and self._forker.stdout is not None
         file = self._path.parent / name
         file.write_bytes(bytes(8))
-        self._nursery.stdin.write(f"{self._path}\t{name}\t{file}\n")
-        self._nursery.stdin.flush()
-        self._pids[name] = int(self._nursery.stdout.readline())
+        self._forker.stdin.write(f"{self._path}\t{name}\t{file}\n")
+        self._forker.stdin.flush()
+        self._pids[name] = int(self._forker.stdout.readline())
         return name
 
     def acknowledged(self, name: str) -> int:
-        """The commits that it was told of."""
+        """Returns the number of users whose commits were acknowledged to the process."""
         return int.from_bytes((self._path.parent / name).read_bytes(), "little")
 
     def kill(self, name: str) -> int:
-        """Ends it by kill -9; what was acknowledged until then."""
+        """Sends SIGKILL to the process, and returns the number of users acknowledged until then."""
         pid = self._pids.pop(name)
         os.kill(pid, signal.SIGKILL)
         while Path(f"/proc/{pid}").exists():
@@ -302,18 +300,20 @@ class Writers:
         return self.acknowledged(name)
 
     def stop(self) -> None:
-        """Ends all of them."""
+        """Kills all processes."""
         for name in list(self._pids):
             self.kill(name)
-        self._nursery.communicate()
+        self._forker.communicate()
 
 
 @pytest.mark.parametrize(
     ("part", "kills"), [(0, 40), *(pytest.param(part, 200, marks=pytest.mark.slow) for part in range(1, 6))]
 )
 def test_kills_while_two_processes_write_lose_no_commit(path: Path, part: int, kills: int) -> None:
-    """A thousand times one of two processes that write is killed: each commit that it was told of is there, and the
-    file is sound."""
+    """Kills one of two writing processes again and again, 1,000 times with --slow.
+
+    Each time, every commit that was acknowledged to it is in the database, and `integrity_check` passes.
+    """
     sql.migrate(path)
     writers, chance, numbers = Writers(path), random.Random(part), itertools.count()
     stored = "SELECT count(*) FROM users WHERE email_key > ? AND email_key < ?"

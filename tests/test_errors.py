@@ -1,4 +1,4 @@
-"""What can go wrong, in words, and the statuses that the app makes of it."""
+"""Exception classes, error codes, and the HTTP responses that the app makes of them."""
 
 import inspect
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ ODD = "A sentence with “quotes”, é, \N{GRINNING FACE} and \u2028."
 
 
 def error_of(kind: type[AppError], code: str | None = None, *, more: bool = False) -> AppError:
-    """An error of that class, with all it can carry where there is to be more."""
+    """Returns an error of this class; with `more`, it also has `retry_after` and `message_id`."""
     retry_after, message_id = (7, 12) if more else (None, None)
     if issubclass(kind, GatewayError):
         return kind(ODD, retryable=True, code=code, retry_after=retry_after, message_id=message_id)
@@ -44,7 +44,7 @@ def error_of(kind: type[AppError], code: str | None = None, *, more: bool = Fals
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of an app with routes that raise any error there is."""
+    """A client of an app with routes that raise every code and class."""
 
     async def raise_code(code: str, more: bool = False) -> None:
         raise error_of(errors.CODES[code], code, more=more)
@@ -61,13 +61,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 
 def test_every_code_is_known_here() -> None:
-    """The table of codes is the contract's, no more and no less."""
+    """`errors.CODES` has exactly the documented codes."""
     assert set(errors.CODES) == set(STATUS)
 
 
 @pytest.mark.parametrize("code", STATUS)
 def test_a_code_has_its_status_shape_and_headers(broken: httpx.Client, code: str) -> None:
-    """An error answers with the contract's status, exactly `detail` and `code`, and the headers its status needs."""
+    """An error has its documented status, exactly `detail` and `code`, and the headers that its status requires."""
     answer = broken.get(f"/codes/{code}")
     assert answer.status_code == STATUS[code]
     assert answer.json() == {"detail": ODD, "code": code}
@@ -79,7 +79,8 @@ def test_a_code_has_its_status_shape_and_headers(broken: httpx.Client, code: str
 
 @pytest.mark.parametrize("code", STATUS)
 def test_an_error_carries_when_and_what(broken: httpx.Client, code: str) -> None:
-    """`retry_after` becomes the header, and the reply that holds the text so far is named in body and header."""
+    """`retry_after` becomes the header `Retry-After`; body and header name the reply that has the text received so
+    far."""
     answer = broken.get(f"/codes/{code}", params={"more": "true"})
     assert answer.status_code == STATUS[code]
     assert answer.json() == {"detail": ODD, "code": code, "message_id": 12}
@@ -88,7 +89,7 @@ def test_an_error_carries_when_and_what(broken: httpx.Client, code: str) -> None
 
 @pytest.mark.parametrize("kind", CLASSES, ids=[kind.__name__ for kind in CLASSES])
 def test_every_class_has_a_status_of_its_kind(broken: httpx.Client, kind: type[AppError]) -> None:
-    """A class raised as it is answers with its own code and the status of the nearest class that has one."""
+    """An error raised without a code has the code and status of its class."""
     answer = broken.get(f"/classes/{kind.__name__}")
     assert answer.json() == {"detail": ODD, "code": kind.code}
     assert answer.status_code == web.STATUSES[kind]
@@ -97,7 +98,7 @@ def test_every_class_has_a_status_of_its_kind(broken: httpx.Client, kind: type[A
 
 @pytest.mark.parametrize("code", STATUS)
 def test_a_stored_failure_comes_back_as_it_was(code: str) -> None:
-    """What was stored with a reply becomes an error again with the same code, words, status and message."""
+    """A failure that was stored with a reply becomes an exception with the same code, text and message id."""
     error = errors.failure(code, ODD, False, 12)
     assert (error.code, error.message, error.message_id, str(error)) == (code, ODD, 12, ODD)
     if issubclass(errors.CODES[code], GatewayError):
@@ -108,11 +109,11 @@ def test_a_stored_failure_comes_back_as_it_was(code: str) -> None:
 
 
 def test_a_failure_of_an_unknown_code_is_still_one() -> None:
-    """A code that an older or newer version stored keeps its name and is an error of ours."""
+    """A code that another version of the service stored is kept, in an AppError."""
     error = errors.failure("gateway_exploded", ODD, True)
     assert (type(error), error.code, error.message_id) == (AppError, "gateway_exploded", None)
 
 
 def test_the_gateways_codes_are_those_of_its_classes() -> None:
-    """The codes that a turn can fail with are just the gateway's, as the contract lists them."""
+    """The codes with which a turn can fail are those of the gateway."""
     assert set(errors.GATEWAY_CODES) == {code for code in STATUS if code.startswith("gateway_")} | {"interrupted"}

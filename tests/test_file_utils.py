@@ -1,3 +1,5 @@
+"""Files below a root: refused paths, links, races with other processes, failing disks, limits, removal."""
+
 import ctypes
 import errno
 import json
@@ -32,6 +34,7 @@ NO_PATHS = (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
+    """The root below which users' paths are resolved."""
     folder = tmp_path / "project"
     folder.mkdir()
     return folder
@@ -39,6 +42,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
+    """A folder next to the root, whose file must never be read or changed."""
     folder = tmp_path / "outside"
     folder.mkdir()
     (folder / "file").write_bytes(b"outside")
@@ -46,16 +50,18 @@ def outside(tmp_path: Path) -> Path:
 
 
 def everything(folder: Path) -> set[str]:
+    """Returns the relative paths of all files and folders below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def descriptors() -> int:
+    """Returns the number of open file descriptors of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.fixture
 def deep(root: Path) -> Iterator[Path]:
-    """A root with 3,000 folders, each in the one before: deeper than a path may be long."""
+    """A root with 3,000 folders, each inside the one before, which is more than the longest path can name."""
     fd = os.open(root, os.O_RDONLY)
     for _ in range(3000):
         os.mkdir("d", dir_fd=fd)
@@ -64,12 +70,12 @@ def deep(root: Path) -> Iterator[Path]:
     os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
     os.close(fd)
     yield root
-    subprocess.run(["rm", "-rf", root], check=True)  # what pytest cannot remove breaks every later run
+    subprocess.run(["rm", "-rf", root], check=True)  # pytest cannot remove it, and every later run would fail
 
 
 @contextmanager
 def powerless() -> Iterator[Path]:
-    """A folder where whoever runs the tests, be it root, has the rights of an ordinary user and no more."""
+    """Yields a folder; until the block ends, the process has only the rights of an ordinary user, even under root."""
     folder = Path(tempfile.mkdtemp())
     was_root = os.geteuid() == 0
     if was_root:
@@ -85,7 +91,7 @@ def powerless() -> Iterator[Path]:
 
 @contextmanager
 def swapping(one: Path, other: Path) -> Iterator[None]:
-    """Two names change places in one step each time, as fast as a thread can, throughout the `with`."""
+    """Swaps two names atomically, again and again, from a thread, until the block ends."""
     over = threading.Event()
 
     def swap() -> None:
@@ -102,7 +108,7 @@ def swapping(one: Path, other: Path) -> Iterator[None]:
 
 
 def race(act: Callable[[], str]) -> None:
-    """Repeats an act for a second, and on until it was both let through and refused."""
+    """Repeats `act` for at least a second, until it has returned both `done` and `refused`."""
     seen: set[str] = set()
     end, limit = time.monotonic() + 1, time.monotonic() + 60
     while time.monotonic() < end or (len(seen) < 2 and time.monotonic() < limit):
@@ -113,7 +119,7 @@ def race(act: Callable[[], str]) -> None:
 class TestPaths:
     @pytest.mark.parametrize("path", NO_PATHS)
     def test_refused(self, root: Path, tmp_path: Path, path: str) -> None:
-        """A path that could mean another place, or none, reads and writes nothing."""
+        """A path that could mean a place outside of the root, or none, is refused for reading and writing."""
         (tmp_path / "secret").write_bytes(b"secret")
         (root / "a").mkdir()
         before = everything(tmp_path)
@@ -127,20 +133,20 @@ class TestPaths:
         assert everything(tmp_path) == before
 
     @pytest.mark.parametrize("path", ["a b", "back\\slash", "ünï/çødé 🚀", ".hidden", "...", "x" * 255, "é" * 127])
-    def test_taken(self, root: Path, path: str) -> None:
-        """Any other name that Linux can store is a name."""
+    def test_accepted(self, root: Path, path: str) -> None:
+        """Every other name that Linux can store is accepted."""
         file_utils.write_file(root, path, b"content")
         assert file_utils.read_file(root, path, LIMIT) == b"content"
         assert (root / path).read_bytes() == b"content"
 
     def test_refused_path_makes_no_folder(self, root: Path) -> None:
-        """Where the last name is refused, the folders before it are not made either."""
+        """If the last name of a path is refused, the folders before it are not created."""
         with pytest.raises(errors.Invalid):
             file_utils.write_file(root, "new/" + "x" * 256, b"")
         assert everything(root) == set()
 
     def test_deepest_path(self, root: Path) -> None:
-        """The deepest path that is taken can be written, read and seen."""
+        """A path of the maximum depth can be written, read and listed."""
         path = "/".join("d" * (file_utils.MAX_DEPTH - 1)) + "/file"
         file_utils.write_file(root, path, b"deep")
         assert file_utils.read_file(root, path, LIMIT) == b"deep"
@@ -148,7 +154,7 @@ class TestPaths:
 
     @pytest.mark.parametrize("path", ["link", "folder/link", "up/file", "folder/up/file", "up", "gone", "folder"])
     def test_links_and_folders(self, root: Path, outside: Path, path: str) -> None:
-        """A link anywhere in a path, or a folder at its end, is refused, even a link to what lies inside."""
+        """A path that contains a link, even to a file inside the root, or ends at a folder is refused."""
         (root / "folder").mkdir()
         (root / "inside").write_bytes(b"inside")
         (root / "link").symlink_to(outside / "file")
@@ -166,7 +172,7 @@ class TestPaths:
         assert (root / "inside").read_bytes() == b"inside"
 
     def test_linked_root(self, tmp_path: Path, outside: Path) -> None:
-        """A project's folder that became a link leads nowhere."""
+        """A root that is a link is refused."""
         root = tmp_path / "linked"
         root.symlink_to(outside)
         with pytest.raises(errors.Invalid):
@@ -176,8 +182,8 @@ class TestPaths:
         assert file_utils.tree(root) == []
         assert everything(outside) == {"file"}
 
-    def test_what_is_no_file(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A FIFO, a socket or a device neither blocks nor is read, and is not replaced."""
+    def test_special_files(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A FIFO, socket or device is refused for reading and writing, without blocking."""
         os.mkfifo(root / "fifo")
         with socket.socket(socket.AF_UNIX) as listener:
             monkeypatch.chdir(root)  # a socket's path may have 107 bytes only
@@ -192,7 +198,7 @@ class TestPaths:
         assert file_utils.tree(root) == []
 
     def test_no_descriptor_stays_open(self, root: Path, outside: Path) -> None:
-        """Whatever way an act ends, it closes what it opened."""
+        """Every call closes the descriptors that it opened, also if it fails."""
         (root / "link").symlink_to(outside)
         (root / "folder").mkdir()
         before = descriptors()
@@ -210,28 +216,28 @@ class TestPaths:
 class TestRead:
     @pytest.mark.parametrize("path", ["nothing", "folder/nothing", "nothing/file"])
     def test_missing(self, root: Path, path: str) -> None:
-        """What does not exist is not found."""
+        """A file that does not exist is not found."""
         (root / "folder").mkdir()
         with pytest.raises(errors.NotFound) as caught:
             file_utils.read_file(root, path, LIMIT)
         assert caught.value.code == "file_not_found"
 
     def test_missing_root(self, root: Path) -> None:
-        """A project without its folder has no files."""
+        """If the root does not exist, its files are not found."""
         with pytest.raises(errors.NotFound):
             file_utils.read_file(root / "nothing", "file", LIMIT)
 
     def test_limit(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file of exactly the limit is read, one byte more is refused."""
+        """A file of exactly the limit is read; one with a byte more is refused."""
         (root / "file").write_bytes(b"x" * 5000)
         assert len(file_utils.read_file(root, "file", 5000)) == 5000
-        monkeypatch.delattr(os, "read")  # a file that is too large by its size is not even begun
+        monkeypatch.delattr(os, "read")  # the size alone must suffice to refuse the file
         with pytest.raises(errors.TooLarge) as caught:
             file_utils.read_file(root, "file", 4999)
         assert caught.value.code == "file_too_large"
 
     def test_file_that_grows(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file that grows after it was measured is read up to one byte past the limit, and refused."""
+        """A file that grows after its size was read is read up to one byte past the limit and refused."""
         (root / "file").write_bytes(b"x")
         measure, read, got = os.fstat, os.read, 0
 
@@ -253,7 +259,7 @@ class TestRead:
         assert got == LIMIT + 1
 
     def test_unreadable(self) -> None:
-        """A file or folder that is closed to us is the operator's to mend; no path appears in the message."""
+        """A file or folder without read permission is reported as a problem of the disk, without a path."""
         with powerless() as folder:
             (folder / "closed").write_bytes(b"x")
             (folder / "closed").chmod(0)
@@ -266,7 +272,7 @@ class TestRead:
                 assert isinstance(caught.value.__cause__, PermissionError)
 
     def test_swapped_folder(self, root: Path, outside: Path) -> None:
-        """A folder that turns into a link and back while we read never yields a byte from outside."""
+        """If a folder is swapped with a link while it is read, no byte from outside of the root is returned."""
         (root / "sub").mkdir()
         (root / "sub/file").write_bytes(b"inside")
         (root / "link").symlink_to(outside)
@@ -282,7 +288,7 @@ class TestRead:
             race(read)
 
     def test_swapped_file(self, root: Path, outside: Path) -> None:
-        """A file that turns into a link and back while we read never yields a byte from outside."""
+        """If a file is swapped with a link while it is read, no byte from outside of the root is returned."""
         (root / "file").write_bytes(b"inside")
         (root / "link").symlink_to(outside / "file")
 
@@ -299,7 +305,7 @@ class TestRead:
 
 class TestWrite:
     def test_new_and_replaced(self, root: Path) -> None:
-        """A new file can be read by others; one that is replaced keeps its permissions, without set-uid."""
+        """A new file is readable for all users; a replaced file keeps its permissions, except set-uid."""
         file_utils.write_file(root, "a/b/new", b"one")
         assert stat.S_IMODE((root / "a/b/new").stat().st_mode) == 0o644
         (root / "a/b/new").chmod(0o4750)
@@ -309,19 +315,19 @@ class TestWrite:
         assert everything(root) == {"a", "a/b", "a/b/new"}
 
     def test_missing_root(self, tmp_path: Path) -> None:
-        """A project's folder that is missing is made, with its parents."""
+        """A missing root is created, with its parents."""
         file_utils.write_file(tmp_path / "x/y", "z/file", b"content")
         assert (tmp_path / "x/y/z/file").read_bytes() == b"content"
 
     def test_root_in_the_place_of_a_file(self, tmp_path: Path) -> None:
-        """Where a file stands in the root's place nothing is written."""
+        """If the root is a file, nothing is written."""
         (tmp_path / "root").write_bytes(b"file")
         with pytest.raises(errors.AppError):
             file_utils.write_file(tmp_path / "root", "file", b"x")
         assert (tmp_path / "root").read_bytes() == b"file"
 
     def test_empty_and_large(self, root: Path) -> None:
-        """No byte at all and many bytes arrive alike."""
+        """Empty and large contents are written completely."""
         large = os.urandom(3 * 1024 * 1024)
         file_utils.write_file(root, "empty", b"")
         file_utils.write_file(root, "large", large)
@@ -329,13 +335,13 @@ class TestWrite:
         assert (root / "large").read_bytes() == large
 
     def test_hard_link(self, root: Path, outside: Path) -> None:
-        """A file that has a second name elsewhere is replaced here, and there stays as it was."""
+        """Writing to a hard link replaces the link; the file keeps its content under its other name."""
         os.link(outside / "file", root / "file")
         file_utils.write_file(root, "file", b"new")
         assert (outside / "file").read_bytes() == b"outside"
 
     def test_no_torn_read(self, root: Path) -> None:
-        """Who reads while others write gets all of one content, never a mixture or a part."""
+        """A reader during writes gets one complete content, never a mixture or a part."""
         contents = [bytes([letter]) * 300_000 for letter in b"abcd"]
         file_utils.write_file(root, "file", contents[0])
         over = threading.Event()
@@ -360,7 +366,7 @@ class TestWrite:
     @pytest.mark.parametrize("call", ["fsync", "fchmod", "replace"])
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
     def test_failure(self, root: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
-        """A disk that fails at any step leaves the old content and no temporary file."""
+        """If the disk fails at any step, the old content remains, and no temporary file."""
         (root / "file").write_bytes(b"old")
 
         def fail(*_: object, **__: object) -> None:
@@ -376,7 +382,7 @@ class TestWrite:
         assert (root / "file").read_bytes() == b"old"
 
     def test_no_room(self, root: Path) -> None:
-        """When the kernel itself stops taking bytes, the old content stays and no temporary file does."""
+        """If the kernel accepts no more bytes, the old content remains, and no temporary file."""
         (root / "file").write_bytes(b"old")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -389,7 +395,7 @@ class TestWrite:
         assert (root / "file").read_bytes() == b"old"
 
     def test_closed_folder(self) -> None:
-        """A folder that we may not write to is the operator's to mend."""
+        """A folder without write permission is reported as a problem of the disk."""
         with powerless() as folder:
             (folder / "shut").mkdir(0o500)
             for path in ("shut/file", "shut/new/file"):
@@ -397,7 +403,7 @@ class TestWrite:
                     file_utils.write_file(folder, path, b"x")
 
     def test_swapped_folder(self, root: Path, outside: Path) -> None:
-        """A folder that turns into a link and back while we write never lets a byte outside."""
+        """If a folder is swapped with a link while a file in it is written, nothing is written outside of the root."""
         (root / "sub").mkdir()
         (root / "link").symlink_to(outside)
 
@@ -414,7 +420,7 @@ class TestWrite:
         assert (outside / "file").read_bytes() == b"outside"
 
     def test_swapped_file(self, root: Path, outside: Path) -> None:
-        """A file that turns into a link and back while we write leaves what the link leads to as it was."""
+        """If a file is swapped with a link while it is written, the link's target does not change."""
         (root / "file").write_bytes(b"inside")
         (root / "link").symlink_to(outside / "file")
         over = threading.Event()
@@ -443,7 +449,7 @@ class TestWrite:
 
 class TestTree:
     def test_shape(self, root: Path, outside: Path) -> None:
-        """Files and folders come sorted together by name; links, FIFOs and our temporary files do not come."""
+        """Files and folders are sorted together by name, without links, FIFOs and our temporary files."""
         file_utils.write_file(root, "b/inner.txt", b"12345")
         file_utils.write_file(root, "c.txt", b"")
         file_utils.write_file(root, "a.txt", b"1")
@@ -465,11 +471,11 @@ class TestTree:
         ]
 
     def test_missing_root(self, tmp_path: Path) -> None:
-        """A folder that is not there has nothing in it."""
+        """A missing root gives an empty list."""
         assert file_utils.tree(tmp_path / "nothing") == []
 
     def test_names_that_are_not_utf8(self, root: Path) -> None:
-        """A name that is no UTF-8 is shown with replacement characters, and the answer can be sent."""
+        """A name that is not UTF-8 gets replacement characters, so that the result can be encoded as JSON."""
         (root / "caf\udce9").mkdir()
         (root / "caf\udce9" / "\udcff").write_bytes(b"")
         [node] = file_utils.tree(root)
@@ -478,7 +484,7 @@ class TestTree:
         json.dumps(file_utils.tree(root), ensure_ascii=False).encode()
 
     def test_depth(self, deep: Path) -> None:
-        """Folders nested without end are shown down to a depth that JSON encoders bear."""
+        """Folders are listed down to MAX_DEPTH, so that the JSON encoder does not exceed its recursion limit."""
         nodes, depth = file_utils.tree(deep), 0
         json.dumps(nodes)
         while nodes:
@@ -486,7 +492,7 @@ class TestTree:
         assert depth == file_utils.MAX_DEPTH
 
     def test_closed_folder(self) -> None:
-        """A folder that may not be read is shown empty, and what stands beside it is shown."""
+        """A folder without read permission is listed as empty, and its siblings are listed."""
         with powerless() as folder:
             file_utils.write_file(folder, "shut/file", b"x")
             file_utils.write_file(folder, "zoo", b"x")
@@ -495,7 +501,7 @@ class TestTree:
         assert [(node["name"], node.get("children")) for node in nodes] == [("shut", []), ("zoo", None)]
 
     def test_disk_that_fails(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A disk that cannot be read is no empty project."""
+        """A disk that cannot be read raises an error instead of giving an empty list."""
 
         def fail(_: int) -> None:
             raise OSError(errno.EIO, "Input/output error")
@@ -505,7 +511,7 @@ class TestTree:
             file_utils.tree(root)
 
     def test_swapped_folder(self, root: Path, outside: Path) -> None:
-        """A folder that turns into a link and back meanwhile never shows what lies outside."""
+        """If a folder is swapped with a link while it is listed, no name from outside of the root is listed."""
         (outside / "secret").write_bytes(b"")
         file_utils.write_file(root, "sub/file", b"")
         (root / "link").symlink_to(outside)
@@ -519,7 +525,7 @@ class TestTree:
             race(show)
 
     def test_while_it_changes(self, root: Path) -> None:
-        """Files and folders that come and go meanwhile are shown or not, and do no harm."""
+        """Listing succeeds while files and folders are created and removed."""
         over = threading.Event()
 
         def change() -> None:
@@ -541,7 +547,7 @@ class TestTree:
 
 class TestOurOwnPaths:
     def test_write_atomic(self, tmp_path: Path) -> None:
-        """The same care for a path of ours, with the mode asked for, through a link that the operator made."""
+        """One of the service's own files is written with the requested mode, also through a link of the operator."""
         (tmp_path / "disk").mkdir()
         (tmp_path / "data").symlink_to(tmp_path / "disk")
         file_utils.write_atomic(tmp_path / "data/file", b"one", 0o600)
@@ -553,7 +559,7 @@ class TestOurOwnPaths:
         assert everything(tmp_path / "disk") == {"file", "new", "new/file"}
 
     def test_create_once(self, tmp_path: Path) -> None:
-        """The first content stays, whoever comes later, readable by its owner alone."""
+        """The first content is kept, later calls return it, and only its owner can read the file."""
         target = tmp_path / "data/secret"
         assert file_utils.create_once(target, b"first") == b"first"
         assert file_utils.create_once(target, b"second") == b"first"
@@ -561,7 +567,7 @@ class TestOurOwnPaths:
         assert everything(tmp_path / "data") == {"secret"}
 
     def test_create_once_together(self, tmp_path: Path) -> None:
-        """Of many at once one wins, and all have its content, whole."""
+        """Of concurrent calls, one writes, and all return its complete content."""
         for number in range(30):
             start = threading.Barrier(8)
 
@@ -576,7 +582,7 @@ class TestOurOwnPaths:
         assert everything(tmp_path) == {str(number) for number in range(30)}
 
     def test_move(self, tmp_path: Path) -> None:
-        """A file goes to its new name, in place of what stood there; a missing one is not found."""
+        """A file is renamed and replaces the target; a missing one is not found."""
         (tmp_path / "one").write_bytes(b"one")
         file_utils.move(tmp_path / "one", tmp_path / "new/two")
         (tmp_path / "one").write_bytes(b"more")
@@ -587,7 +593,7 @@ class TestOurOwnPaths:
             file_utils.move(tmp_path / "one", tmp_path / "new/two")
 
     def test_make_folder(self, tmp_path: Path) -> None:
-        """Parents are made too, a folder that exists is no error, a file in its place is one."""
+        """Parents are created; an existing folder is accepted; a file in its place raises an error."""
         file_utils.make_folder(tmp_path / "a/b/c")
         file_utils.make_folder(tmp_path / "a/b/c")
         assert everything(tmp_path) == {"a", "a/b", "a/b/c"}
@@ -598,7 +604,7 @@ class TestOurOwnPaths:
             file_utils.make_folder(tmp_path / "file/folder")
 
     def test_is_below(self, tmp_path: Path) -> None:
-        """Inside is inside, however it is written, and neither the folder itself nor a neighbour's longer name."""
+        """A path below the root counts, also by links; the root itself and a sibling with a longer name do not."""
         media = tmp_path / "media"
         media.mkdir()
         (tmp_path / "link").symlink_to(media)
@@ -616,7 +622,7 @@ class TestOurOwnPaths:
 
 class TestRemove:
     def test_folder(self, root: Path, outside: Path) -> None:
-        """A folder goes with all that is in it; what its links lead to stays."""
+        """A folder is removed with its content; the targets of its links remain."""
         file_utils.write_file(root, "a/b/c/file", b"x")
         file_utils.write_file(root, "a/b/other", b"x")
         (root / "a/link").symlink_to(outside)
@@ -629,7 +635,7 @@ class TestRemove:
         assert everything(outside) == {"file"}
 
     def test_link_and_file(self, tmp_path: Path, outside: Path) -> None:
-        """A link goes and what it leads to stays; a file goes; a missing one, or a missing parent, is no error."""
+        """A link is removed but not its target; a file is removed; a missing path or parent is ignored."""
         (tmp_path / "link").symlink_to(outside)
         (tmp_path / "file").write_bytes(b"")
         for name in ("link", "file", "nothing", "nothing/nothing"):
@@ -637,13 +643,13 @@ class TestRemove:
         assert everything(tmp_path) == {"outside", "outside/file"}
 
     def test_deep(self, deep: Path) -> None:
-        """Depth costs no stack and no descriptors."""
-        file_utils.write_file(deep, "d/d/beside/file", b"x")
+        """A tree of 3,000 levels is removed, without exceeding the limits of recursion and of descriptors."""
+        file_utils.write_file(deep, "d/d/sibling/file", b"x")
         file_utils.remove_tree(deep)
         assert not deep.exists()
 
     def test_read_only(self) -> None:
-        """Folders that may be neither written, read nor entered are no obstacle to their owner."""
+        """The owner can remove folders that have no permissions."""
         with powerless() as folder:
             for path in ("p/a/b/file", "p/x/y/file", "p/a/q/r/s/file"):
                 file_utils.write_file(folder, path, b"x")
@@ -653,7 +659,7 @@ class TestRemove:
             assert everything(folder) == set()
 
     def test_what_remains(self) -> None:
-        """Where something cannot be removed the caller learns of it."""
+        """If something cannot be removed, the call raises an error."""
         with powerless() as folder:
             file_utils.write_file(folder, "parent/project/file", b"x")
             (folder / "parent").chmod(0o500)
@@ -664,7 +670,7 @@ class TestRemove:
             (folder / "parent").chmod(0o700)
 
     def test_two_at_once(self, tmp_path: Path) -> None:
-        """Two that remove the same folder come to its end, and neither takes the other's work for a failure."""
+        """Two threads that remove the same folder both succeed."""
         for number in range(20):
             root, start = tmp_path / str(number), threading.Barrier(2)
             for folder in range(60):
@@ -680,7 +686,7 @@ class TestRemove:
             assert not root.exists()
 
     def test_another_was_faster(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where somebody else has just removed a part, all the rest goes too."""
+        """If another process has just removed a part of the folder, the rest is removed."""
         for number in range(5):
             file_utils.write_file(root, f"{number}/file", b"x")
         remove, faster = os.rmdir, iter([True])
@@ -717,6 +723,6 @@ class TestSlug:
         ],
     )
     def test_slug(self, name: str, expected: str) -> None:
-        """A project's name gives a folder's name that is short, visible, and no path."""
+        """A project's name becomes a folder's name that is short, visible, and not a path."""
         assert file_utils.slug(name) == expected
         assert len(expected.encode()) <= 120

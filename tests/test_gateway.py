@@ -1,4 +1,4 @@
-"""The gateway's language: what is sent, what is read, byte by byte."""
+"""The requests to the gateway, the parser of its stream, and the search in its history."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ IMAGE: dict[str, object] = {"type": "image_url", "image_url": {"url": "data:imag
 
 @pytest.mark.parametrize("images", [[], [IMAGE], [IMAGE, IMAGE]])
 def test_every_request_names_its_conversation_twice(images: list[dict[str, object]]) -> None:
-    """`user` and header name the same session, with and without images, and the model is the session's agent."""
+    """`user` and the header name the same session, with and without images; `model` names the session's agent."""
     request = build_request(
         agent_id="Helper", session_key=KEY, project=("P", "about", "/folder"), text="Hello", images=images
     )
@@ -29,19 +29,19 @@ def test_every_request_names_its_conversation_twice(images: list[dict[str, objec
     assert user["content"] == ([{"type": "text", "text": "Hello"}, *images] if images else "Hello")
 
 
-def test_a_picture_alone_needs_no_text() -> None:
-    """A message of pictures only has no empty text part."""
+def test_images_alone_need_no_text() -> None:
+    """A message that has only images has no empty text part."""
     request = build_request(agent_id="main", session_key=KEY, project=("P", None, ""), text="", images=[IMAGE])
-    assert request.body["messages"][-1]["content"] == [IMAGE]  # type: ignore[index]  # of JSON
+    assert request.body["messages"][-1]["content"] == [IMAGE]  # type: ignore[index]  # JSON, whose types are unknown
 
 
 def test_the_session_key_is_lower_case() -> None:
-    """The header is taken verbatim where `user` is lower-cased: both must be the same."""
+    """The key is in lower case. The gateway converts `user` to lower case but not the header, and both must match."""
     assert agent_session("Main", KEY.upper()) == f"agent:main:openai-user:adapter-session-{KEY}"
 
 
 def frame(text: str | None, **more: object) -> bytes:
-    """A chunk of a stream as an event."""
+    """Returns a chunk of a stream as an event."""
     delta = {} if text is None else {"content": text}
     return b"data: " + json.dumps({"id": "run", "choices": [{"delta": delta}], **more}).encode() + b"\n\n"
 
@@ -50,7 +50,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def read(data: bytes, step: int) -> tuple[str, CompletionReader]:
-    """The text of a stream that comes in pieces of so many bytes."""
+    """Feeds a stream to a reader in pieces of `step` bytes. Returns its text and the reader."""
     reader = CompletionReader()
     text = "".join(reader.feed(data[start : start + step]) for start in range(0, len(data), step))
     return text + reader.rest(), reader
@@ -59,7 +59,7 @@ def read(data: bytes, step: int) -> tuple[str, CompletionReader]:
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 10_000])
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
 def test_a_stream_may_be_cut_anywhere(step: int, ends: bytes) -> None:
-    """However the bytes are cut and lines end, text, run id, usage and end are the same."""
+    """Text, run id, usage and end do not depend on where the bytes are cut and how the lines end."""
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3, "more": {}}
     data = b": comment\n\nevent: x\nid: 1\nretry: 5\n" + frame(None) + frame("é🚀 \u2028") + frame("\n\nb")
     data += b'data: {"choices":[],\ndata: "usage":' + json.dumps(usage).encode() + b"}\n\n" + DONE
@@ -82,30 +82,27 @@ def test_a_stream_may_be_cut_anywhere(step: int, ends: bytes) -> None:
         (["\ude00b"], "\ufffdb"),
     ],
 )
-def test_what_is_no_text_does_not_get_through(pieces: list[str], text: str, step: int) -> None:
-    """The gateway's words for no reply vanish, whole and alone only; halves of a character are joined."""
+def test_placeholder_and_surrogates(pieces: list[str], text: str, step: int) -> None:
+    """The placeholder for an empty reply is dropped only if it is the whole text; surrogate halves are joined."""
     data = b"".join(map(frame, pieces)) + DONE
     assert read(data, step)[0] == text
 
 
 def wrong() -> Iterator[bytes]:
-    """Streams that are none."""
-    yield b"<html>\n"
-    yield b"\x00\xff\n\n"
+    """Yields data that is not a stream of a chat completion."""
     yield b"data: {\n\n"
     yield b"data: 5\n\n"
     yield b'data: "text"\n\n'
     yield b"data: \xff\n\n"
     yield b'data: {"choices": 5}\n\n'
     yield b'data: {"choices": [5]}\n\n'
-    yield b'data: {"no": "choices"}\n\n'
     yield b'data: {"choices": [{"delta": {"content": 5}}]}\n\n'
-    yield b'data: {"choices": [{"delta": null}]}\n\n'
+    yield b'data: {"choices": [{"delta": 5}]}\n\n'
 
 
 @pytest.mark.parametrize("data", list(wrong()))
-def test_what_is_no_completion_is_an_error(data: bytes) -> None:
-    """Bytes that are no chat completion are the error that will not go away by itself; text before them stays."""
+def test_invalid_streams_raise_an_error(data: bytes) -> None:
+    """Bytes that are not a chat completion raise an error that is not retryable. Text before them is kept."""
     reader = CompletionReader()
     with pytest.raises(errors.GatewayError) as caught:
         reader.feed(frame("before") + data)
@@ -113,8 +110,8 @@ def test_what_is_no_completion_is_an_error(data: bytes) -> None:
     assert reader.rest() == "before"
 
 
-def test_an_error_frame_is_no_text() -> None:
-    """What a gateway says in an error frame is not handed on."""
+def test_an_error_frame_raises_an_error() -> None:
+    """An error frame raises an error that does not contain the gateway's message. Text before it is kept."""
     reader = CompletionReader()
     with pytest.raises(errors.GatewayError) as caught:
         reader.feed(frame("so far") + b'data: {"error": {"message": "secret inside"}}\n\n' + DONE)
@@ -124,7 +121,7 @@ def test_an_error_frame_is_no_text() -> None:
 
 
 def test_an_endless_line_is_refused() -> None:
-    """A line that does not end is not collected for ever."""
+    """A line that never ends raises an error at a limit, so that it does not fill the memory."""
     reader = EventReader()
     with pytest.raises(errors.GatewayError):
         for _ in range(40):
@@ -132,7 +129,7 @@ def test_an_endless_line_is_refused() -> None:
 
 
 def item(role: str, text: str, run_id: str | None = None, **more: Any) -> dict[str, object]:
-    """An entry of the gateway's history."""
+    """Returns an item of the gateway's history."""
     note = {"id": "i", **({"runId": run_id} if run_id else {}), **more}
     content: object = text if role == "user" else [{"type": "text", "text": text}]
     return {"role": role, "content": content, "stopReason": "stop", "__openclaw": note}
@@ -157,6 +154,7 @@ def item(role: str, text: str, run_id: str | None = None, **more: Any) -> dict[s
 def test_only_the_reply_itself_is_recovered(
     items: list[dict[str, object]], run_id: str | None, known: set[str], got: str, text: str | None
 ) -> None:
-    """A reply is taken from the history where it is surely ours, whole, and goes on from what we have."""
+    """A reply in the history is used only if it certainly belongs to the turn, is complete, and begins with the text
+    that has arrived."""
     found = find_reply(items, "q", run_id, known, got)
     assert (found and found.text) == text

@@ -1,3 +1,5 @@
+"""Image handling: recognition by bytes, base64, limits, HEIC conversion, storage on disk, signed URLs."""
+
 import base64
 import hashlib
 import io
@@ -26,29 +28,31 @@ DAY = 86_400
 NOW = 1_790_000_000.5
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "GIF": "image/gif", "WEBP": "image/webp"}
 
-# As in the service, where image_handler sees to it; pytest has filters of its own.
+# image_handler turns this warning into an error, but pytest replaces the filters of the process with its own.
 pytestmark = pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 
 
 def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> PIL.Image.Image:
-    """Red above on the left, blue elsewhere: it tells which way it is turned."""
+    """Returns an image whose top left quarter is red and the rest blue, so that tests can see its rotation."""
     image = PIL.Image.new("RGB", (width, height), "blue")
     image.paste("red", (0, 0, width // 2, height // 2))
     return image.convert(mode)
 
 
 def made(kind: str, image: PIL.Image.Image | None = None, **options: Any) -> bytes:
+    """Returns the bytes of an image in a format of Pillow."""
     output = io.BytesIO()
     (image or picture()).save(output, kind, **options)
     return output.getvalue()
 
 
 def noise(width: int, height: int) -> PIL.Image.Image:
+    """Returns an image of random pixels, which does not compress."""
     return PIL.Image.frombytes("RGB", (width, height), os.urandom(width * height * 3))
 
 
 def padded_png(size: int, filling: int = 0) -> bytes:
-    """A PNG of exactly so many bytes."""
+    """Returns a PNG of exactly `size` bytes."""
     data = made("PNG")
     body = b"paDd" + bytes([filling]) * (size - len(data) - 12)
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
@@ -56,7 +60,7 @@ def padded_png(size: int, filling: int = 0) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises a size and has hardly a pixel."""
+    """Returns a PNG whose header states a size and that has no pixels."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -75,7 +79,7 @@ def decode(data: bytes) -> Image:
 
 
 def refusal(kind: type[errors.AppError], code: str, *sources: str | bytes) -> str:
-    """The sentence with which these sources are refused, after a look at its class and code."""
+    """Returns the message of the error that these sources raise. Checks its class and code."""
     with pytest.raises(kind) as caught:
         image_handler.decode([source if isinstance(source, str) else encoded(source) for source in sources])
     assert caught.value.code == code
@@ -83,7 +87,7 @@ def refusal(kind: type[errors.AppError], code: str, *sources: str | bytes) -> st
 
 
 def corners(data: bytes) -> list[str]:
-    """Which corners are red: top left, top right, bottom left, bottom right."""
+    """Returns the names of the corners that are red: top left, top right, bottom left, bottom right."""
     image = PIL.Image.open(io.BytesIO(data)).convert("RGB")
     right, bottom = image.width - 3, image.height - 3
     places = {"top left": (2, 2), "top right": (right, 2), "bottom left": (2, bottom), "bottom right": (right, bottom)}
@@ -99,7 +103,7 @@ def corners(data: bytes) -> list[str]:
 class TestRecognition:
     @pytest.mark.parametrize("kind", FORMATS)
     def test_exact_bytes(self, kind: str) -> None:
-        """What browsers show keeps each of its bytes."""
+        """An image of a type that browsers show keeps its exact bytes."""
         data = made(kind)
         image = decode(data)
         assert image.data == data
@@ -117,20 +121,20 @@ class TestRecognition:
         ],
     )
     def test_modes(self, kind: str, modes: list[str]) -> None:
-        """Black and white, grey, indexed, transparent or printer's colours: a picture is one."""
+        """Images in every color mode are accepted: black and white, gray, palette, transparent, CMYK."""
         for mode in modes:
             data = made(kind, picture(mode=mode))
             assert decode(data).data == data
 
     @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
     def test_animation(self, kind: str) -> None:
-        """A moving picture keeps its bytes too."""
+        """An animation keeps its exact bytes."""
         data = made(kind, save_all=True, append_images=[PIL.Image.new("RGB", (40, 30), "green")] * 3)
         assert decode(data).data == data
 
     @pytest.mark.parametrize("label", ["image/jpeg", "image/svg+xml", "text/html", "application/octet-stream", ""])
     def test_label_that_lies(self, label: str) -> None:
-        """The bytes say what it is, whatever the label says; browsers label HEIC as octet-stream."""
+        """The bytes decide the type, not the media type in the data URL: browsers send HEIC as octet-stream."""
         [image] = image_handler.decode([f"data:{label};base64,{encoded(made('PNG'))}"])
         assert image.media_type == "image/png"
 
@@ -150,7 +154,7 @@ class TestRecognition:
         ],
     )
     def test_other_types(self, data: bytes) -> None:
-        """What is none of the types is not taken, and what is taken is named, whatever the label says."""
+        """Bytes of another type are refused, whatever their media type says; the error names the accepted types."""
         message = refusal(errors.Unsupported, "unsupported_image", f"data:image/png;base64,{encoded(data)}")
         assert "JPEG, PNG, GIF, WebP or HEIC" in message
 
@@ -170,18 +174,18 @@ class TestRecognition:
         ],
     )
     def test_first_bytes_alone(self, data: bytes) -> None:
-        """What begins like a picture and is none is refused as damaged."""
+        """Data that begins like an image but is not an image is refused as damaged."""
         refusal(errors.Invalid, "invalid_image", data)
 
     @pytest.mark.parametrize("kind", [*FORMATS, "HEIF"])
     @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
     def test_truncated(self, kind: str, share: float) -> None:
-        """A picture that breaks off is refused, though its header is whole."""
+        """A truncated image is refused, even if its header is complete."""
         data = made(kind, noise(100, 100))
         refusal(errors.Invalid, "invalid_image", data[: int(len(data) * share)])
 
     def test_damaged_png(self) -> None:
-        """A PNG that was changed on the way, or lost no more than its end mark, is refused."""
+        """A PNG with one flipped bit, or without its end marker, is refused."""
         data = made("PNG", noise(50, 50))
         end = data.rindex(b"\0\0\0\0IEND")
         middle = len(data) // 2
@@ -193,8 +197,8 @@ class TestRecognition:
         ):
             refusal(errors.Invalid, "invalid_image", damaged)
 
-    def test_page_behind_a_picture(self) -> None:
-        """A true picture with something behind it stays a picture, with a picture's media type."""
+    def test_html_after_an_image(self) -> None:
+        """A valid image that is followed by HTML is accepted as an image and gets an image's media type."""
         data = made("GIF") + b"<script>alert(1)</script>"
         image = decode(data)
         assert (image.data, image.media_type) == (data, "image/gif")
@@ -202,7 +206,7 @@ class TestRecognition:
 
 class TestBase64:
     def test_ways_to_write_it(self) -> None:
-        """With and without prefix, parameters, line breaks and padding, in both alphabets."""
+        """Base64 is accepted with and without prefix, parameters, line breaks and padding, in both alphabets."""
         data = next(
             data
             for filling in range(256)
@@ -243,19 +247,19 @@ class TestBase64:
             *("data:image/png;base64,data:image/png;base64,QUJD", "iVBORw0K%2BGgo"),
         ],
     )
-    def test_what_is_no_base64(self, source: str) -> None:
-        """Anything else is refused with what to send."""
+    def test_invalid_base64(self, source: str) -> None:
+        """A source that is not valid base64 is refused, and the error says to send base64."""
         assert "base64" in refusal(errors.Invalid, "invalid_image", source)
 
     @pytest.mark.parametrize("source", ["http://a.example/x.png", "HTTPS://a.example/x.png", "  https://a.example"])
     def test_link(self, source: str) -> None:
-        """A link is not followed, and the sentence says so."""
-        assert "link" in refusal(errors.Invalid, "invalid_image", source)
+        """A URL is not downloaded, and the error says so."""
+        assert "downloads no images" in refusal(errors.Invalid, "invalid_image", source)
 
 
 class TestLimits:
     def test_count(self) -> None:
-        """Eight images are taken, in their order, nine are not."""
+        """Eight images are accepted, in their order; nine are refused."""
         pictures = [padded_png(200 + number) for number in range(9)]
         images = image_handler.decode([encoded(data) for data in pictures[:8]])
         assert [image.data for image in images] == pictures[:8]
@@ -264,7 +268,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
     def test_bytes_of_one(self, kind: str) -> None:
-        """10 MB are taken to the byte, however they are written, and one byte more is not."""
+        """An image of exactly 10 MB is accepted in every form of base64; one with a byte more is refused."""
         for size in (MAX_BYTES - 1, MAX_BYTES, MAX_BYTES + 1):
             data = padded_png(size) if kind == "PNG" else made("JPEG").ljust(size, b"\0")
             assert len(data) == size
@@ -277,13 +281,13 @@ class TestLimits:
                 assert image_handler.decode([f"data:image/png;base64,{lines}"])[0].data == data
 
     def test_bytes_together(self) -> None:
-        """20 MB are taken to the byte, and one byte more is not."""
+        """Images of exactly 20 MB together are accepted; with one byte more they are refused."""
         whole = padded_png(MAX_TOTAL // 2), padded_png(MAX_TOTAL // 2 - 1000), padded_png(1000)
         assert len(image_handler.decode([encoded(data) for data in whole])) == 3
         assert "20 MB" in refusal(errors.TooLarge, "image_too_large", *whole[:2], padded_png(1001))
 
     def test_huge_string(self) -> None:
-        """A string far over the limit is refused before anything is made of it."""
+        """A string far over the limit is refused before it is decoded, without using memory."""
         source = "A" * (100 * 1024 * 1024)
         tracemalloc.start()
         try:
@@ -293,20 +297,20 @@ class TestLimits:
             tracemalloc.stop()
 
     def test_largest_size(self) -> None:
-        """64 megapixels are taken."""
+        """An image of 64 megapixels is accepted."""
         data = made("PNG", PIL.Image.new("1", (8192, 8192)))
         assert decode(data).data == data
 
     @pytest.mark.parametrize("size", [(8192, 8193), (9000, 9000), (12000, 12000), (60_000, 60_000), (2**31 - 1, 2)])
     @pytest.mark.parametrize("warning", ["error", "ignore"])
     def test_pixels(self, size: tuple[int, int], warning: Any) -> None:
-        """More is refused by the header, before a pixel is made, whether or not Pillow's warning is an error."""
+        """More than 64 megapixels in the header are refused before decoding, whether Pillow's warning raises or not."""
         with warnings.catch_warnings():
             warnings.simplefilter(warning, PIL.Image.DecompressionBombWarning)
             assert "megapixels" in refusal(errors.TooLarge, "image_too_large", png_header(*size))
 
     def test_bomb(self) -> None:
-        """A few kilobytes that would become 81 megapixels are refused, in each type that can hold them."""
+        """A few kilobytes that would decode to 81 megapixels are refused, in every type."""
         bomb = PIL.Image.new("1", (9000, 9000))
         for kind in FORMATS:
             options = {"quality": 0, "method": 0} if kind == "WEBP" else {}
@@ -315,7 +319,7 @@ class TestLimits:
         assert "megapixels" in refusal(errors.TooLarge, "image_too_large", heic)
 
     def test_frames(self) -> None:
-        """An animation of a thousand large frames in a few kilobytes is refused, an ordinary one is not."""
+        """An animation with 1,000 large frames in a few kilobytes is refused; one with 800 is accepted."""
         frame = PIL.Image.new("P", (1200, 1000))
         data = made("GIF", frame, save_all=True, append_images=[PIL.Image.new("P", (1200, 1000), 1)])
         second = data.index(b"\x21\xf9", data.index(b"\x2c"))
@@ -324,14 +328,14 @@ class TestLimits:
         assert "frames" in refusal(errors.TooLarge, "image_too_large", data + last * 1000 + b";")
 
     def test_scans(self) -> None:
-        """A JPEG that goes over its pixels again and again is refused, a progressive one is not."""
+        """A JPEG with far too many scans is refused; a progressive one is accepted."""
         data = made("JPEG", PIL.Image.new("L", (8000, 8000)), progressive=True)
         assert decode(data).data == data
         scan = data[data.rindex(b"\xff\xda") : -2]
         refusal(errors.TooLarge, "image_too_large", data[:-2] + scan * 20 + data[-2:])
 
     def test_segments(self) -> None:
-        """A JPEG of millions of empty parts is refused; one with a large profile and a film behind it is not."""
+        """A JPEG with a million empty segments is refused; large segments and an appended video are accepted."""
         data = made("JPEG")
         refusal(errors.Invalid, "invalid_image", data[:2] + b"\xff\xe9\0\2" * 1_000_000 + data[2:])
         parts = (b"\xff\xe9\xff\xff" + b"\xff\xda" * 32_766 + b"\0") * 100
@@ -340,17 +344,17 @@ class TestLimits:
         assert decode(photo).data == photo
 
     def test_which_one(self) -> None:
-        """Of several images the sentence names the one that is meant; of one it does not count."""
+        """The error names which of several images is refused; for a single image it says "The image"."""
         good = made("PNG")
         assert "Image 2 of 3" in refusal(errors.Unsupported, "unsupported_image", good, b"text", good)
         assert "Image 3 of 3" in refusal(errors.Invalid, "invalid_image", good, good, "!")
         assert "Image 1 of 2" in refusal(errors.TooLarge, "image_too_large", png_header(9000, 9000), good)
-        assert refusal(errors.Unsupported, "unsupported_image", b"text").startswith("The image is")
+        assert refusal(errors.Unsupported, "unsupported_image", b"text").startswith("The image has")
 
 
 class TestHeic:
     def test_becomes_jpeg(self) -> None:
-        """HEIC comes out as the JPEG that every browser shows, under its own digest."""
+        """HEIC is converted to a JPEG, with the digest of the JPEG."""
         image = decode(made("HEIF"))
         assert (image.media_type, image.extension) == ("image/jpeg", "jpg")
         assert image.digest == hashlib.sha256(image.data).hexdigest()
@@ -360,7 +364,7 @@ class TestHeic:
 
     @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
     def test_modes(self, mode: str) -> None:
-        """Grey, transparent or with 16 bits, it becomes a JPEG."""
+        """A HEIC that is gray, transparent or has 16 bits is converted to a JPEG."""
         source = PIL.Image.new("I;16", (40, 30), 40_000) if mode == "I;16" else picture(mode=mode)
         shown = PIL.Image.open(io.BytesIO(decode(made("HEIF", source)).data))
         assert shown.format == "JPEG"
@@ -376,7 +380,7 @@ class TestHeic:
         ],
     )
     def test_orientation(self, orientation: int, corner: str, size: tuple[int, int]) -> None:
-        """A photo taken with the phone on its side stands upright, once, and its place on earth stays behind."""
+        """A rotated photo is turned upright exactly once, and its EXIF data is removed."""
         exif = PIL.Image.Exif()
         exif[0x0112] = orientation
         exif[0x010F] = "Secret Phones Ltd"
@@ -389,8 +393,8 @@ class TestHeic:
         assert not shown.getexif()
         assert b"Secret" not in image.data
 
-    def test_colour_profile(self) -> None:
-        """The colour profile stays, without which phones' colours look pale; a monstrous one does not."""
+    def test_color_profile(self) -> None:
+        """The color profile is kept, since photos of phones look pale without it; one that is too large is removed."""
         profile = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
         shown = PIL.Image.open(io.BytesIO(decode(made("HEIF", icc_profile=profile)).data))
         assert shown.info["icc_profile"] == profile
@@ -400,13 +404,13 @@ class TestHeic:
 
     @pytest.mark.parametrize("brand", [b"heic", b"mif1"])
     def test_brands(self, brand: bytes) -> None:
-        """HEIC and HEIF are two names of it."""
+        """Both brands, of HEIC and of HEIF, are recognized."""
         data = made("HEIF")
         assert data[8:12] == b"heic"
         assert decode(data[:8] + brand + data[12:]).media_type == "image/jpeg"
 
     def test_size_of_the_jpeg(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """HEIC that keeps within the limits does not become JPEG that OpenClaw would refuse."""
+        """A HEIC within the limits is not converted to a JPEG over the limits, which OpenClaw would refuse."""
         data = made("HEIF", noise(400, 300), quality=30)
         assert len(data) < 60_000
         assert len(decode(data).data) > 90_000
@@ -419,7 +423,7 @@ class TestHeic:
         assert sum(len(image.data) for image in image_handler.decode([encoded(data)] * 2)) <= 160_000
 
     def test_smaller_jpeg(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where less quality is not enough the picture shrinks, yet not below 1,024 pixels."""
+        """If a lower quality is not enough, the image is reduced, but not below 1,024 pixels."""
         for image, least, most in (
             (noise(4096, 64), 1024, 2048),
             (PIL.Image.new("RGB", (4096, 64)), 1024, 1024),
@@ -431,7 +435,7 @@ class TestHeic:
 
 class TestContentPart:
     def test_shape(self) -> None:
-        """The gateway gets a data URL of the bytes as they are stored."""
+        """The content part contains a data URL of the stored bytes."""
         image = decode(made("WEBP"))
         assert image_handler.content_part(image) == {
             "type": "image_url",
@@ -441,16 +445,18 @@ class TestContentPart:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ImageStore:
+    """An empty store."""
     return ImageStore(tmp_path / "images", b"secret")
 
 
 def files(folder: Path) -> set[str]:
+    """Returns the relative paths of all files below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 class TestStore:
-    def test_life_of_a_picture(self, store: ImageStore, tmp_path: Path) -> None:
-        """Staged, published, read, and gone with its session; another session's copy stays."""
+    def test_life_of_an_image(self, store: ImageStore, tmp_path: Path) -> None:
+        """An image is staged, published, read, and removed with its session; another session's copy stays."""
         images = [decode(made(kind)) for kind in (*FORMATS, "HEIF")]
         staged = store.stage(images)
         assert len(files(tmp_path / "images/incoming")) == 5
@@ -464,8 +470,8 @@ class TestStore:
         store.remove_session(SESSION)
         assert files(tmp_path / "images") == {copy}
 
-    def test_same_picture_again(self, store: ImageStore, tmp_path: Path) -> None:
-        """The same picture, twice in a message and once more later, is one file of its session."""
+    def test_same_image_again(self, store: ImageStore, tmp_path: Path) -> None:
+        """The same image, twice in a message and again in a later one, is one file of its session."""
         image = decode(made("PNG"))
         names = store.publish(SESSION, store.stage([image, image]))
         names += store.publish(SESSION, store.stage([image]))
@@ -473,7 +479,7 @@ class TestStore:
         assert files(tmp_path / "images") == set(names)
 
     def test_discard(self, store: ImageStore, tmp_path: Path) -> None:
-        """What was not published goes; what was published stays; once more does nothing."""
+        """Discarding removes an image unless it was published; discarding it again does nothing."""
         kept, dropped = store.stage([decode(made("PNG")), decode(made("GIF"))])
         [name] = store.publish(SESSION, [kept])
         for staged in (kept, dropped, dropped):
@@ -481,7 +487,7 @@ class TestStore:
         assert files(tmp_path / "images") == {name}
 
     def test_disk_that_fails(self, store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """When the second of three cannot be written, none is left behind."""
+        """If the second of three images cannot be written, none remains."""
         write, count = file_utils.write_atomic, 0
 
         def fail(target: Path, data: bytes, mode: int = 0o644) -> None:
@@ -505,7 +511,7 @@ class TestStore:
         ],
     )
     def test_names(self, store: ImageStore, file: str) -> None:
-        """A name that is not of our making, or of no file, is not found."""
+        """A name that `publish` never returns, or whose file does not exist, is not found."""
         store.publish(SESSION, store.stage([decode(made("PNG"))]))
         with pytest.raises(errors.NotFound) as caught:
             store.load(file)
@@ -513,8 +519,7 @@ class TestStore:
 
     @pytest.mark.parametrize("key", ["", ".", "..", "incoming", "../other", f"{SESSION}/..", "x"])
     def test_session_keys(self, store: ImageStore, tmp_path: Path, key: str) -> None:
-        """A key that is no UUID, as old sessions may have, has a folder of its own like any other, and touches
-        nothing else."""
+        """A session key that is not a UUID, as legacy sessions may have, gets its own folder and affects no other."""
         (tmp_path / "other").mkdir()
         (tmp_path / "other/file").write_bytes(b"")
         [one] = store.publish(SESSION, store.stage([decode(made("PNG"))]))
@@ -526,7 +531,7 @@ class TestStore:
         assert files(tmp_path) == before
 
     def test_sweep(self, store: ImageStore, tmp_path: Path) -> None:
-        """What a crash left goes, what is just being stored and what was published stays."""
+        """A sweep removes old staged and temporary files; it keeps new staged files and published ones."""
         store.sweep(older_than=3600)
         image = decode(made("PNG"))
         [name] = store.publish(SESSION, store.stage([image]))
@@ -538,14 +543,14 @@ class TestStore:
         store.sweep(older_than=3600)
         assert files(tmp_path / "images") == {name, f"incoming/{young.path.name}"}
 
-    def test_sweep_beside_another_worker(self, store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An image that another worker publishes while we look at it is no error."""
+    def test_sweep_next_to_another_worker(self, store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A sweep succeeds if another worker publishes an image during it."""
         store.stage([decode(made("PNG"))])
         monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "published-meanwhile"]))
         store.sweep(older_than=0)
 
     def test_linked_root(self, tmp_path: Path) -> None:
-        """The operator may put the pictures on another disk with a link."""
+        """The root may be a symbolic link to a directory on another disk."""
         (tmp_path / "disk").mkdir()
         (tmp_path / "images").symlink_to(tmp_path / "disk")
         store = ImageStore(tmp_path / "images", b"secret")
@@ -559,7 +564,7 @@ FILE = f"{SESSION}/{'0' * 64}.png"
 
 
 def parts(url: str) -> tuple[int, str, str, str]:
-    """Image id, extension, expiry and signature of a URL."""
+    """Returns the image id, extension, expiry and signature of a URL."""
     split = urlsplit(url)
     name, _, extension = split.path.removeprefix("/images/").partition(".")
     query = parse_qs(split.query, strict_parsing=True)
@@ -576,7 +581,7 @@ class TestUrl:
 
     @pytest.mark.parametrize("moment", [0, 1, DAY // 2, DAY - 1, DAY - 0.001, DAY])
     def test_life(self, store: ImageStore, moment: float) -> None:
-        """It holds for at least 24 hours and at most 48."""
+        """A URL is valid for at least 24 hours and at most 48."""
         now = NOW // DAY * DAY + moment
         image_id, extension, expires, signature = parts(store.sign(7, FILE, now))
         assert DAY <= int(expires) - now <= 2 * DAY
@@ -586,7 +591,7 @@ class TestUrl:
         assert caught.value.code == "image_not_found"
 
     def test_stays_the_same(self, store: ImageStore) -> None:
-        """The URL is the same all day, so that browsers keep the picture, and another one the day after."""
+        """The URL is the same all day, so that browsers can cache the image, and differs on the next day."""
         midnight = NOW // DAY * DAY
         urls = {store.sign(7, FILE, midnight + hour * 3600) for hour in range(24)}
         assert len(urls) == 1
@@ -602,7 +607,7 @@ class TestUrl:
         ],
     )
     def test_tampered(self, store: ImageStore, change: dict[str, Any]) -> None:
-        """Whatever part is changed, to whatever nonsense, there is no such image."""
+        """A URL in which any part was changed is not found."""
         image_id, extension, expires, signature = parts(store.sign(7, FILE, NOW))
         given = {"image_id": image_id, "extension": extension, "expires": expires, "signature": signature}
         with pytest.raises(errors.NotFound) as caught:
@@ -610,7 +615,7 @@ class TestUrl:
         assert caught.value.code == "image_not_found"
 
     def test_every_character_counts(self, store: ImageStore) -> None:
-        """A signature or expiry with one character changed, added or taken away is refused."""
+        """A signature or expiry with one character changed, added or removed is refused."""
         image_id, extension, expires, signature = parts(store.sign(7, FILE, NOW))
         for at in range(len(signature)):
             wrong = signature[:at] + ("1" if signature[at] == "0" else "0") + signature[at + 1 :]
@@ -624,7 +629,7 @@ class TestUrl:
                 store.verify(image_id, extension, expires, wrong, NOW)
 
     def test_key(self, store: ImageStore, tmp_path: Path) -> None:
-        """Another secret signs otherwise, the same one after a restart alike."""
+        """The same secret makes the same URL after a restart; another secret makes a different one."""
         again = ImageStore(tmp_path / "images", b"secret")
         other = ImageStore(tmp_path / "images", b"another secret")
         assert again.sign(7, FILE, NOW) == store.sign(7, FILE, NOW)

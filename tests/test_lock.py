@@ -1,4 +1,4 @@
-"""`requirements.lock`, which `start-backend.sh` and the tests install, has what `requirements.txt` asks for."""
+"""`requirements.lock`, which `start-backend.sh` and the tests install, matches `requirements.txt`."""
 
 import re
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from packaging.utils import canonicalize_name
 from .service import CHECKOUT
 
 LOCK = (CHECKOUT / "requirements.lock").read_text(encoding="utf-8")
-# A pin, with the Pythons and systems that it is for, and its hashes.
+# A pin, with the marker of the Python versions and operating systems that it applies to, and its hashes.
 PIN = re.compile(r"([a-z0-9-]+)==([\w.]+)(?: ; (.+?))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)")
 
 
 def pins() -> Iterator[tuple[str, str]]:
-    """Name and version of each package that the lock has for this Python and system."""
+    """Yields name and version of each package that the lock file has for this Python and operating system."""
     for name, pinned, marker, _ in PIN.findall(LOCK):
         if not marker or Marker(marker).evaluate():
             yield name, pinned
 
 
 def test_the_lock_is_of_these_requirements() -> None:
-    """Each version of `requirements.txt` is the one in the lock; `./tests/run --lock` makes it so."""
+    """The lock file has the versions of `requirements.txt`. If it does not, run `./tests/run --lock`."""
     text = (CHECKOUT / "requirements.txt").read_text(encoding="utf-8")
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     asked = {(canonicalize_name(of.name), str(of.specifier)) for of in map(Requirement, filter(None, lines))}
@@ -34,7 +34,7 @@ def test_the_lock_is_of_these_requirements() -> None:
 
 
 def test_a_package_is_locked_once_and_with_hashes() -> None:
-    """Nothing but pins with hashes and comments is in the file: no index, no folder, no option."""
+    """The file contains only pins with hashes, and comments: no index, no directory and no option."""
     names = [name for name, _ in pins()]
     assert len(names) == len(set(names)) > 20
     rest = PIN.sub("", LOCK)
@@ -42,5 +42,6 @@ def test_a_package_is_locked_once_and_with_hashes() -> None:
 
 
 def test_the_tests_run_on_what_is_locked() -> None:
-    """Otherwise they would say nothing about what `start-backend.sh` installs."""
+    """The tests run with the locked versions. Otherwise they would prove nothing about what `start-backend.sh`
+    installs."""
     assert {name: version(name) for name, _ in pins()} == dict(pins())

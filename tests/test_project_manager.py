@@ -1,4 +1,4 @@
-"""Projects, sessions and files as their owner, and as somebody else, meets them."""
+"""The routes of projects, sessions and files, for their owner and for other users."""
 
 import http.client
 import json
@@ -30,35 +30,35 @@ Serve = Callable[..., Served]
 
 @pytest.fixture(scope="module")
 def openclaw() -> Iterator[StandIn]:
-    """One gateway for all tests here."""
+    """A gateway that all tests of this file share."""
     with StandIn() as gateway:
         yield gateway
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, openclaw: StandIn) -> Iterator[Served]:
-    """One app for all tests that do not need one of their own."""
+    """An app that the tests share, except those that start their own."""
     with Served(make_settings(tmp_path_factory.mktemp("projects"), openclaw)) as app:
         yield app
 
 
 @pytest.fixture(scope="module")
 def carol(served: Served) -> Iterator[Person]:
-    """A user whose things no test changes."""
+    """A user whose data no test changes."""
     with served.person() as person:
         yield person
 
 
 @pytest.fixture(scope="module")
 def dave(served: Served) -> Iterator[Person]:
-    """Somebody else, who owns nothing of Carol's."""
+    """Another user, who owns none of Carol's data."""
     with served.person() as person:
         yield person
 
 
 @pytest.fixture(scope="module")
 def owned(carol: Person) -> dict[str, object]:
-    """The names of Carol's things, as routes want them: a project with a file, a session, a reply, an image."""
+    """The ids of Carol's data, for paths and bodies: a project with a file, a session, a reply, an image."""
     project = carol.project("Carol's")
     session = carol.session(project)
     reply = carol.say(session, "Look", image=PNG)
@@ -74,13 +74,13 @@ def owned(carol: Person) -> dict[str, object]:
 
 
 def rows(app: Served, sql: str, *values: object) -> list[tuple[object, ...]]:
-    """What the database says, asked beside the app."""
+    """Runs a statement on the database, on a connection of its own. Returns the rows."""
     with closing(sqlite3.connect(app.settings.db_path, timeout=10)) as conn, conn:
         return conn.execute(sql, values).fetchall()
 
 
 def as_sent(person: Person, method: str, path: str, body: bytes | None = None) -> tuple[int, JSON]:
-    """Status and body of a request whose path goes out just as it is written here: httpx would mend it."""
+    """Sends a request with exactly this path, which httpx would normalize. Returns status and body."""
     url = urlsplit(str(person.http.base_url))
     headers = {"Authorization": f"Bearer {person.token}", "Content-Type": "application/json"}
     with closing(http.client.HTTPConnection(url.netloc, timeout=60)) as connection:
@@ -92,8 +92,8 @@ def as_sent(person: Person, method: str, path: str, body: bytes | None = None) -
 # --- projects -----------------------------------------------------------------------------------------
 
 
-def test_a_project_is_made_shown_and_listed(served: Served, ada: Person, bob: Person) -> None:
-    """A project has exactly the contract's fields, reads the same by every route, and lists newest first."""
+def test_a_project_is_created_read_and_listed(served: Served, ada: Person, bob: Person) -> None:
+    """A project has exactly the documented fields, equal in every route, and the newest is listed first."""
     assert ada.http.get("/projects").json() == []
     made = ada.http.post("/projects", json={"name": "  First  ", "description": "What for"})
     assert made.status_code == 201
@@ -122,7 +122,7 @@ def test_a_project_is_made_shown_and_listed(served: Served, ada: Person, bob: Pe
     ],
 )
 def test_a_projects_folder_is_one_of_its_own(served: Served, ada: Person, name: str) -> None:
-    """Whatever its name, a project gets a new folder right below `PROJECTS_DIR`, with a README that tells it."""
+    """Every project gets a new folder directly below `PROJECTS_DIR`, with a README that contains its name."""
     projects = [ada.project(name, "In short") for _ in range(2)]
     folders = [Path(project["project_path"]) for project in projects]
     assert [project["name"] for project in projects] == [name, name]
@@ -142,7 +142,7 @@ def test_a_projects_folder_is_one_of_its_own(served: Served, ada: Person, name: 
     ],
 )
 def test_a_project_needs_a_name_of_some_length(ada: Person, served: Served, body: JSON) -> None:
-    """A name that is missing, blank or too long makes neither a row nor a folder."""
+    """A name that is missing, blank or too long is refused and creates neither a row nor a folder."""
     before = set(served.settings.projects.iterdir()) if served.settings.projects.exists() else set()
     answer = ada.http.post("/projects", json=body)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
@@ -152,7 +152,7 @@ def test_a_project_needs_a_name_of_some_length(ada: Person, served: Served, body
 
 @pytest.mark.parametrize("what", ["is a file", "lies below a file"])
 def test_without_a_folder_there_is_no_project(serve: Serve, tmp_path: Path, what: str) -> None:
-    """Where the folder cannot be made, the answer says that the disk is to blame, and nothing is left behind."""
+    """If the folder cannot be created, the answer is `disk_unavailable`, and no row remains."""
     projects = tmp_path / "taken"
     app = serve(projects_dir=projects if what == "is a file" else projects / "below")
     with app.person() as ada:
@@ -167,8 +167,8 @@ def test_without_a_folder_there_is_no_project(serve: Serve, tmp_path: Path, what
         assert Path(ada.project("Somewhere")["project_path"], "README.md").exists()
 
 
-def test_a_project_is_changed_by_what_the_body_names(ada: Person) -> None:
-    """A rename keeps the folder and all that is not named; null changes nothing."""
+def test_a_change_affects_only_the_fields_of_the_body(ada: Person) -> None:
+    """A rename keeps the folder and all fields that the body does not contain; null changes nothing."""
     project = ada.project("Before", "Words")
     path = f"/projects/{project['id']}"
     for body, expected in (
@@ -184,7 +184,7 @@ def test_a_project_is_changed_by_what_the_body_names(ada: Person) -> None:
 
 
 def test_deleting_a_project_deletes_all_that_is_in_it(served: Served, openclaw: StandIn, ada: Person) -> None:
-    """Rows, images, folder and gateway sessions go, a running reply is stopped first, other projects stay."""
+    """Rows, images, folder and gateway sessions are deleted, after a running reply is stopped; other projects stay."""
     kept, project = ada.project(), ada.project()
     kept_session, session, busy = ada.session(kept), ada.session(project), ada.session(project)
     for one in (kept_session, session):
@@ -214,8 +214,8 @@ def test_deleting_a_project_deletes_all_that_is_in_it(served: Served, openclaw: 
     assert ada.http.delete(f"/projects/{project['id']}").json()["code"] == "project_not_found"
 
 
-def test_a_project_made_while_its_owner_goes_leaves_nothing(serve: Serve) -> None:
-    """Racing with the deletion of the account, a project is made or refused, and no folder outlives its row."""
+def test_a_project_created_while_its_owner_is_deleted_leaves_nothing(serve: Serve) -> None:
+    """A project that is created during the deletion of its account is refused or deleted, with its folder."""
     app = serve()
     statuses: Counter[int] = Counter()
     for _ in range(6):
@@ -243,8 +243,8 @@ def test_a_project_made_while_its_owner_goes_leaves_nothing(serve: Serve) -> Non
 # --- sessions -----------------------------------------------------------------------------------------
 
 
-def test_a_session_is_made_and_listed(ada: Person) -> None:
-    """A session has exactly the contract's fields with its defaults, and sessions list newest first."""
+def test_a_session_is_created_and_listed(ada: Person) -> None:
+    """A session has exactly the documented fields and defaults, and the newest is listed first."""
     project = ada.project()
     path = f"/projects/{project['id']}/sessions"
     assert ada.http.get(path).json() == []
@@ -271,8 +271,8 @@ def test_a_session_is_made_and_listed(ada: Person) -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"label": None}, {"agent_id": None}, {"label": None, "agent_id": None}])
-def test_what_a_session_may_lack_may_be_null(ada: Person, body: JSON) -> None:
-    """An optional field that is null counts as one that is not there."""
+def test_optional_fields_of_a_session_may_be_null(ada: Person, body: JSON) -> None:
+    """An optional field that is null means the same as a missing one."""
     made = ada.http.post(f"/projects/{ada.project()['id']}/sessions", json=body)
     assert made.status_code == 201
     assert (made.json()["label"], made.json()["agent_id"]) == (None, "main")
@@ -282,15 +282,16 @@ def test_what_a_session_may_lack_may_be_null(ada: Person, body: JSON) -> None:
     "agent", ["", " ", "a b", "a\n", "../main", "a/b", "main:x", "-x", "ä", "x" * 65, "a\0", 7, ["main"]]
 )
 def test_an_agents_id_is_a_plain_name(ada: Person, agent: object) -> None:
-    """What could mean another gateway session, or none, is no agent's id."""
+    """An agent id that could name another session in the gateway, or none, is refused."""
     project = ada.project()
     refused = ada.http.post(f"/projects/{project['id']}/sessions", json={"agent_id": agent})
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
     assert ada.http.get(f"/projects/{project['id']}/sessions").json() == []
 
 
-def test_an_archived_session_is_listed_apart_and_not_chatted_in(ada: Person, openclaw: StandIn) -> None:
-    """`?archived=true` shows the archived ones alone; chatting in one is a 404 that costs no turn; it comes back."""
+def test_an_archived_session_is_listed_separately_and_takes_no_messages(ada: Person, openclaw: StandIn) -> None:
+    """`?archived=true` lists only archived sessions. A message to one is refused with 404 and starts no turn. An
+    unarchived session takes messages again."""
     project = ada.project()
     kept, session = ada.session(project), ada.session(project)
     assert ada.say(session, "Before").status_code == 200
@@ -326,7 +327,7 @@ def test_an_archived_session_is_listed_apart_and_not_chatted_in(ada: Person, ope
 def test_a_session_is_labelled_by_its_first_words(
     ada: Person, label: str | None, said: str, expected: str | None
 ) -> None:
-    """A session without a label takes its first message's opening words; neither it nor a given one changes later."""
+    """A session without a label gets the first words of its first message. No label changes with later messages."""
     session = ada.session() if label is None else ada.session(label=label)
     path = f"/projects/{session['project_id']}/sessions"
     for text in (said, "Something else"):
@@ -341,7 +342,7 @@ def test_a_session_is_labelled_by_its_first_words(
 
 
 def test_a_session_is_renamed(ada: Person) -> None:
-    """A label changes alone; null keeps it; one of 201 characters is refused."""
+    """Renaming changes only the label; null keeps it; a label of 201 characters is refused."""
     session = ada.session(label="Before")
     path = f"/sessions/{session['id']}"
     assert ada.http.put(path, json={"label": " After "}).json() == {**session, "label": "After"}
@@ -354,7 +355,7 @@ def test_a_session_is_renamed(ada: Person) -> None:
 def test_deleting_a_session_deletes_what_was_said_in_it(
     served: Served, openclaw: StandIn, ada: Person, path: str
 ) -> None:
-    """Its messages, images and gateway session go, by both routes; the project and its other sessions stay."""
+    """Both routes delete its messages, images and gateway session; the project and its other sessions stay."""
     project = ada.project()
     kept, session = ada.session(project), ada.session(project)
     for one in (kept, session):
@@ -379,7 +380,7 @@ def test_a_session_is_deleted_in_its_own_project_alone(ada: Person) -> None:
     assert ada.messages(session) == []
 
 
-# --- somebody else's ----------------------------------------------------------------------------------
+# --- data of another user, and wrong ids --------------------------------------------------------------
 
 CHAT: JSON = {"session_key": "{key}", "messages": [{"role": "user", "content": "Hello"}]}
 ROUTES: tuple[tuple[str, str, JSON | None], ...] = (
@@ -408,34 +409,34 @@ NAMES = [f"{method} {path}" for method, path, _ in ROUTES]
 
 
 def filled(body: JSON | None, names: dict[str, object]) -> JSON | None:
-    """A body with the session key in its place."""
+    """Returns the body with the session key filled in."""
     return {**body, "session_key": names["key"]} if body and "session_key" in body else body
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ROUTES, ids=NAMES)
-def test_what_is_somebody_elses_does_not_exist(
+def test_data_of_another_user_does_not_exist(
     carol: Person, dave: Person, owned: dict[str, object], method: str, path: str, body: JSON | None
 ) -> None:
-    """Somebody else's answers with the same 404, to the letter, as what was never there, and stays as it is."""
+    """Data of another user gives exactly the same 404 as data that never existed, and does not change."""
     nothing: dict[str, object] = {
         **dict.fromkeys(("project", "session", "message"), LARGEST_ID),
         "key": "00000000-0000-4000-8000-000000000000",
         "image": f"{LARGEST_ID}.png",
     }
     before = [carol.http.get(f"/projects/{owned['project']}{of}").text for of in ("", "/sessions", "/files")]
-    theirs = dave.http.request(method, path.format(**owned), json=filled(body, owned))
-    nobodys = dave.http.request(method, path.format(**nothing), json=filled(body, nothing))
-    assert theirs.status_code == nobodys.status_code == 404
-    assert theirs.json() == nobodys.json()
+    foreign = dave.http.request(method, path.format(**owned), json=filled(body, owned))
+    missing = dave.http.request(method, path.format(**nothing), json=filled(body, nothing))
+    assert foreign.status_code == missing.status_code == 404
+    assert foreign.json() == missing.json()
     volatile = {"date", "x-request-id"}
-    assert [(k, v) for k, v in theirs.headers.items() if k not in volatile] == [
-        (k, v) for k, v in nobodys.headers.items() if k not in volatile
+    assert [(k, v) for k, v in foreign.headers.items() if k not in volatile] == [
+        (k, v) for k, v in missing.headers.items() if k not in volatile
     ]
     assert before == [carol.http.get(f"/projects/{owned['project']}{of}").text for of in ("", "/sessions", "/files")]
 
 
-def test_a_message_is_found_in_its_own_session_alone(ada: Person) -> None:
-    """A reply is not streamed under another session, nor is a user's message streamed at all."""
+def test_a_message_is_found_only_in_its_own_session(ada: Person) -> None:
+    """A reply cannot be streamed under another session, and a user's message cannot be streamed."""
     session, other = ada.session(), ada.session()
     reply = ada.say(session, "Hello").message_id
     question = ada.messages(session)[0]["id"]
@@ -455,18 +456,18 @@ NUMBERED = [(method, path, body) for method, path, body in ROUTES if "{" in path
     ["0", "-1", "9223372036854775808", "18446744073709551616", "9" * 5000, "abc", "1.5", "%00", "\uff11", "NaN"],
 )
 @pytest.mark.parametrize(("method", "path", "body"), NUMBERED, ids=[f"{method} {path}" for method, path, _ in NUMBERED])
-def test_an_odd_id_is_nobodys(carol: Person, method: str, path: str, body: JSON | None, number: str) -> None:
-    """A number that no row can have, or what is no number, is a 404 or a 422 in the error shape, never a 500."""
+def test_an_invalid_id_is_refused(carol: Person, method: str, path: str, body: JSON | None, number: str) -> None:
+    """An id that is not a number, or not one that a row can have, is refused with 404 or 422, never with 500."""
     names = dict.fromkeys(("project", "session", "message"), number)
     answer = carol.http.request(method, path.format(**names, image=f"{number}.png"), json=body)
-    assert answer.status_code in (404, 422)
+    assert answer.status_code == 400 if number == "%00" else answer.status_code in (404, 422)
     assert set(answer.json()) == {"detail", "code"}
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "9223372036854775808", "18446744073709551616", "x", "", "1e9"])
 @pytest.mark.parametrize("name", ["limit", "before"])
-def test_an_odd_page_is_refused(carol: Person, owned: dict[str, object], name: str, number: str) -> None:
-    """`limit` and `before` are numbers from 1 on that a row can have."""
+def test_an_invalid_page_is_refused(carol: Person, owned: dict[str, object], name: str, number: str) -> None:
+    """`limit` and `before` are refused unless they are numbers in their range."""
     answer = carol.http.get(f"/sessions/{owned['session']}/messages", params={name: number})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
@@ -488,10 +489,10 @@ TEXTS: tuple[tuple[str, str, JSON], ...] = (
 
 
 @pytest.mark.parametrize(("method", "path", "body"), TEXTS, ids=[f"{t[0]} {t[1]} {t[2]}" for t in TEXTS])
-def test_half_a_surrogate_pair_is_no_text(
+def test_a_lone_surrogate_is_refused(
     carol: Person, owned: dict[str, object], method: str, path: str, body: JSON
 ) -> None:
-    """What JSON can say and Unicode cannot is refused in every text field, and nothing comes of it."""
+    """A lone surrogate, which JSON can express and Unicode cannot, is refused in every text field without effect."""
     before = [carol.http.get(at).text for at in ("/projects", f"/sessions/{owned['session']}/messages")]
     text = json.dumps(body).replace("{key}", str(owned["key"])).replace('"@"', '"\\ud800"')
     headers = {"Content-Type": "application/json"}
@@ -512,18 +513,18 @@ def project(ada: Person) -> JSON:
 
 @pytest.fixture
 def folder(project: JSON) -> Path:
-    """Its folder."""
+    """The project's folder."""
     return Path(project["project_path"])
 
 
 @pytest.fixture
 def files(project: JSON) -> str:
-    """The address of its files."""
+    """The path of the route for the project's files."""
     return f"/projects/{project['id']}/files"
 
 
 def test_the_tree_shows_every_level_sorted(ada: Person, files: str, folder: Path) -> None:
-    """Folders hold their children, files their size, each level is sorted by name, links and devices are left out."""
+    """Folders have children and files a size; each level is sorted by name; links are left out."""
     for path, content in (("b/z.txt", b"12345"), ("b/a/deep.bin", b"\0\1"), ("a.txt", "é".encode()), ("B.txt", b"")):
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -556,7 +557,7 @@ def test_the_tree_shows_every_level_sorted(ada: Person, files: str, folder: Path
     ids=["empty", "text", "unicode", "crlf", "bom", "separator", "large", "sql"],
 )
 def test_what_is_written_is_read(ada: Person, files: str, folder: Path, content: str) -> None:
-    """A file holds exactly what was sent, in folders made for it, and is replaced as a whole."""
+    """A file contains exactly what was sent; missing folders are created; an existing file is replaced completely."""
     path = f"{files}/new/folders/a file.txt"
     size = len(content.encode())
     for text in ("what was there before", content):
@@ -568,15 +569,15 @@ def test_what_is_written_is_read(ada: Person, files: str, folder: Path, content:
 
 
 @pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n\0\0", b"\xff\xfe\x41\x00", b"text\0text", b"\x80", b"ab\xc3"])
-def test_a_binary_file_says_so(ada: Person, files: str, folder: Path, data: bytes) -> None:
-    """What does not decode, or holds a NUL, is binary: no content, and its true size."""
+def test_a_binary_file_is_marked(ada: Person, files: str, folder: Path, data: bytes) -> None:
+    """A file that is not UTF-8, or contains a NUL, is binary: it has no content, and its real size."""
     (folder / "data").write_bytes(data)
     assert ada.http.get(f"{files}/data").json() == {"content": "", "is_binary": True, "size": len(data)}
 
 
 @pytest.mark.parametrize(("size", "status"), [(TEN_MB, 200), (TEN_MB + 1, 413)])
-def test_a_file_has_10_mb_at_most(ada: Person, files: str, folder: Path, size: int, status: int) -> None:
-    """The limit counts bytes and holds for reading and writing; what is too large is not written."""
+def test_a_file_has_at_most_10_mb(ada: Person, files: str, folder: Path, size: int, status: int) -> None:
+    """The limit counts bytes, and applies to reading and writing. A file that is too large is not written."""
     (folder / "there").write_bytes(b"x" * size)
     content = "é" * (size // 2) + "x" * (size % 2)
     read, written = ada.http.get(f"{files}/there"), ada.http.put(f"{files}/new", json={"content": content})
@@ -589,8 +590,8 @@ def test_a_file_has_10_mb_at_most(ada: Person, files: str, folder: Path, size: i
 @pytest.mark.parametrize(
     "body", [{}, {"content": None}, {"content": 7}, {"content": ["x"]}, {"content": {"x": 1}}, [], "x", None]
 )
-def test_a_file_is_written_from_text_alone(ada: Person, files: str, folder: Path, body: object) -> None:
-    """Without a text in `content` nothing is written."""
+def test_content_must_be_a_string(ada: Person, files: str, folder: Path, body: object) -> None:
+    """Unless `content` is a string, the request is refused and nothing is written."""
     refused = ada.http.put(f"{files}/new", json=body)
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
     assert not (folder / "new").exists()
@@ -598,7 +599,7 @@ def test_a_file_is_written_from_text_alone(ada: Person, files: str, folder: Path
 
 @pytest.fixture(scope="module")
 def outside(served: Served) -> Path:
-    """A file that lies beside the project folders."""
+    """A file next to the directory of the project folders."""
     path = served.settings.projects.parent / "outside.txt"
     path.write_text("OUTSIDE")
     return path
@@ -606,7 +607,7 @@ def outside(served: Served) -> Path:
 
 @pytest.fixture(scope="module")
 def trapped(outside: Path, dave: Person) -> JSON:
-    """A project of Dave's in which an agent has made links to what lies outside."""
+    """A project of Dave's that contains links to files and folders outside, which an agent could create."""
     project = dave.project("Trapped")
     folder = Path(project["project_path"])
     (folder / "folder-link").symlink_to(outside.parent)
@@ -636,7 +637,7 @@ ESCAPES = (
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 @pytest.mark.parametrize("path", ESCAPES)
 def test_no_path_leads_out_of_the_folder(dave: Person, trapped: JSON, outside: Path, path: str, method: str) -> None:
-    """However it is spelled or linked, a path reads and writes nothing outside of the project's folder."""
+    """No spelling of a path, and no link in it, reads or writes anything outside of the project's folder."""
 
     def around() -> set[Path]:
         folder = Path(trapped["project_path"])
@@ -646,7 +647,7 @@ def test_no_path_leads_out_of_the_folder(dave: Person, trapped: JSON, outside: P
     body = b'{"content": "WRITTEN"}' if method == "PUT" else None
     status, answer = as_sent(dave, method, f"/projects/{trapped['id']}/files/{path}", body)
     assert status in (200, 400, 404)
-    if status == 200:  # an odd name, but one within the folder, written by this test
+    if status == 200:  # an unusual but valid name inside the folder, which this test has written
         assert answer == {"success": True, "size": 7} or answer["content"] == "WRITTEN"
     assert status != 400 or answer["code"] == "invalid_path"
     assert "OUTSIDE" not in json.dumps(answer)
@@ -656,8 +657,8 @@ def test_no_path_leads_out_of_the_folder(dave: Person, trapped: JSON, outside: P
 
 
 @pytest.mark.parametrize("path", ["../outside.txt", "..%2f..%2foutside.txt", "folder-link/outside.txt", "file-link"])
-def test_a_way_out_is_named_as_such(dave: Person, trapped: JSON, path: str) -> None:
-    """What would lead outside answers 400 `invalid_path`, whether it is read or written."""
+def test_a_path_to_the_outside_is_an_invalid_path(dave: Person, trapped: JSON, path: str) -> None:
+    """A path that leads outside of the folder gives 400 `invalid_path` for reading and writing."""
     for method, body in (("GET", None), ("PUT", b'{"content": "WRITTEN"}')):
         status, answer = as_sent(dave, method, f"/projects/{trapped['id']}/files/{path}", body)
         assert (status, answer["code"]) == (400, "invalid_path")
@@ -672,15 +673,15 @@ def test_a_way_out_is_named_as_such(dave: Person, trapped: JSON, path: str) -> N
         ("README.md/x", "invalid_path"),
     ],
 )
-def test_what_is_no_file_is_not_read(ada: Person, files: str, folder: Path, path: str, code: str) -> None:
-    """A missing file is a 404; a folder, or a file taken for one, is no path of a file."""
+def test_only_files_are_read(ada: Person, files: str, folder: Path, path: str, code: str) -> None:
+    """A missing file gives 404. A folder, and a path below a file, give `invalid_path`."""
     (folder / "sub").mkdir()
     answer = ada.http.get(f"{files}/{path}")
     assert (answer.status_code, answer.json()["code"]) == (404 if code == "file_not_found" else 400, code)
 
 
-def test_files_of_a_folder_that_somebody_removed(ada: Person, files: str, folder: Path) -> None:
-    """Without its folder a project has no files, says so without an error of ours, and can be written to again."""
+def test_files_of_a_removed_folder(ada: Person, files: str, folder: Path) -> None:
+    """If its folder was removed, a project has no files, which is not an internal error; a write creates it again."""
     (folder / "README.md").unlink()
     folder.rmdir()
     assert ada.http.get(files).json() == []
@@ -692,7 +693,8 @@ def test_files_of_a_folder_that_somebody_removed(ada: Person, files: str, folder
 def test_a_folder_that_became_a_link_is_not_followed(
     served: Served, ada: Person, bob: Person, project: JSON, files: str, folder: Path
 ) -> None:
-    """An agent that turns its project's folder into a link to another one's gets neither its files nor its end."""
+    """If an agent replaces its project's folder by a link to another project's, that project's files can neither be
+    read nor be changed, and deleting the project removes only the link."""
     other = Path(bob.project("Bob's")["project_path"])
     (folder / "README.md").unlink()
     folder.rmdir()

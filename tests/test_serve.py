@@ -1,4 +1,4 @@
-"""How the service starts, hands over and stops, without PM2: a terminal, fronts by hand, and what went wrong once."""
+"""How the service starts, hands over and stops, without PM2: as one process, and with fronts that the tests start."""
 
 import json
 import os
@@ -25,11 +25,11 @@ SLOW = "[[chunks=3000 delay=0.1 size=6]]"
 
 @pytest.fixture
 def checkout(tmp_path: Path, openclaw: StandIn) -> Iterator[Checkout]:
-    """A checkout of which nothing runs when the test is over."""
+    """A copy of this checkout on free ports. Stops its workers after the test."""
     settings = {"CLAWDBOT_BASE_URL": openclaw.url, "CLAWDBOT_TOKEN": openclaw.token, "DRAIN_SECONDS": "1"}
     checkout = Checkout(tmp_path / "a checkout", settings)
     yield checkout
-    for pid in checkout.workers():  # each would wait some seconds for another front
+    for pid in checkout.workers():  # without a signal, each would wait some seconds for another front
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     until(lambda: not [pid for pid in checkout.workers() if is_alive(pid)], 15, "the end of the workers")
@@ -40,7 +40,7 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def start(checkout: Checkout) -> Iterator[Start]:
-    """Starts `serve.py` with these options as a process, whose output goes to `serve.log`."""
+    """Returns a function that starts `serve.py` with options as a process, whose output goes to `serve.log`."""
     processes = []
 
     def run(*options: str, port: int | None = None) -> "subprocess.Popen[bytes]":
@@ -60,17 +60,17 @@ def start(checkout: Checkout) -> Iterator[Start]:
 
 @pytest.fixture
 def front(start: Start) -> Start:
-    """Starts a front, as PM2 does."""
+    """Returns a function that starts a front, as PM2 does."""
     return lambda **options: start("--front", "./start-backend.sh", **options)
 
 
 def output(checkout: Checkout) -> str:
-    """All that was written."""
+    """Returns everything that the processes have written so far."""
     return (checkout.path / "serve.log").read_text(errors="replace")
 
 
 def serves(checkout: Checkout, *, other_than: int = 0) -> int:
-    """The worker that serves, once it is another one than before."""
+    """Waits until a worker other than this one serves. Returns its process id."""
 
     def look() -> int:
         found = re.findall(rf"process (\d+) serves port {checkout.port}", output(checkout))
@@ -80,17 +80,18 @@ def serves(checkout: Checkout, *, other_than: int = 0) -> int:
 
 
 def person(checkout: Checkout) -> Person:
-    """A user, over connections that are not kept."""
+    """Returns a user whose client opens a new connection for each request."""
     limits = httpx.Limits(max_keepalive_connections=0)
     return Person(httpx.Client(base_url=checkout.url, timeout=30, trust_env=False, verify=NO_TLS, limits=limits))
 
 
-# --- as any server ------------------------------------------------------------------------------------
+# --- without a front ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_without_pm2_it_ends_in_order(start: Start, checkout: Checkout, number: signal.Signals) -> None:
-    """A signal ends it: what runs has `DRAIN_SECONDS` and ends as `interrupted`, which its reader is told; status 0."""
+def test_a_signal_shuts_the_service_down_gracefully(start: Start, checkout: Checkout, number: signal.Signals) -> None:
+    """After a signal, a running reply has `DRAIN_SECONDS`, then ends as `interrupted`, also for its reader. The exit
+    status is 0."""
     process = start()
     until(lambda: is_open(checkout.port), 20, "the service")
     ada = person(checkout)
@@ -108,8 +109,8 @@ def test_without_pm2_it_ends_in_order(start: Start, checkout: Checkout, number: 
     assert (reply["status"], reply["content"]) == ("interrupted", stream.text)
 
 
-def test_a_reply_that_ends_in_time_is_whole(start: Start, checkout: Checkout) -> None:
-    """A stop lets a reply finish that needs no longer than it may."""
+def test_a_reply_that_ends_in_time_is_complete(start: Start, checkout: Checkout) -> None:
+    """A stop lets a reply finish that needs less than `DRAIN_SECONDS`."""
     process = start()
     until(lambda: is_open(checkout.port), 20, "the service")
     ada = person(checkout)
@@ -121,8 +122,8 @@ def test_a_reply_that_ends_in_time_is_whole(start: Start, checkout: Checkout) ->
     assert (stream.finish, stream.text) == ("stop", reply_text(text))
 
 
-def test_a_second_signal_ends_it_at_once(start: Start, checkout: Checkout) -> None:
-    """Whoever presses Ctrl-C twice does not wait for replies."""
+def test_a_second_signal_ends_the_service_immediately(start: Start, checkout: Checkout) -> None:
+    """An operator who presses Ctrl-C twice does not wait for replies."""
     checkout.edit(".env", "DRAIN_SECONDS=1", "DRAIN_SECONDS=600")
     process = start()
     until(lambda: is_open(checkout.port), 20, "the service")
@@ -130,13 +131,13 @@ def test_a_second_signal_ends_it_at_once(start: Start, checkout: Checkout) -> No
     with ada.listen(ada.session(), SLOW) as (_, stream):
         stream.read(to_first_text=True)
         process.send_signal(signal.SIGINT)
-        until(lambda: not is_open(checkout.port), 5, "it to listen no more")
+        until(lambda: not is_open(checkout.port), 5, "the port to be closed")
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
 
 
-def test_a_signal_during_the_start_ends_it(start: Start, checkout: Checkout) -> None:
-    """Ctrl-C before it serves ends it as soon as it has started, a second one at once."""
+def test_a_signal_during_the_start_ends_the_service(start: Start, checkout: Checkout) -> None:
+    """Ctrl-C during the start ends the service as soon as it has started, a second Ctrl-C ends it immediately."""
     opening = "        async with AsyncExitStack"
     checkout.edit("app.py", opening, f'        print("begun", flush=True)\n        await asyncio.sleep(3)\n{opening}')
     process = start()
@@ -152,26 +153,28 @@ def test_a_signal_during_the_start_ends_it(start: Start, checkout: Checkout) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "said"),
+    ("name", "old", "new", "reason"),
     [
         (".env", "DRAIN_SECONDS=1", "DRAIN_SECONDS=soon", "wrong setting: DRAIN_SECONDS"),
         ("app.py", "import asyncio\n", "import asyncio\nimport nowhere\n", "No module named 'nowhere'"),
         (".env", "DRAIN_SECONDS=1", "DATA_DIR=/proc/nowhere", "DATA_DIR=/proc/nowhere cannot be used"),
     ],
 )
-def test_what_cannot_start_says_so(start: Start, checkout: Checkout, name: str, old: str, new: str, said: str) -> None:
-    """Without anything that serves already, it ends with status 1 and the reason."""
+def test_a_failed_start_logs_the_reason(
+    start: Start, checkout: Checkout, name: str, old: str, new: str, reason: str
+) -> None:
+    """A service that cannot start exits with status 1 and prints the reason."""
     checkout.edit(name, old, new)
     assert start().wait(30) == 1
-    assert said in output(checkout)
+    assert reason in output(checkout)
 
 
 # --- fronts and workers -------------------------------------------------------------------------------
 
 
-def test_a_worker_is_out_of_its_fronts_reach(front: Start, checkout: Checkout) -> None:
-    """It has a session of its own and init, or who stands in for it, as its parent: no kill of a process tree finds
-    it. PM2's channel is not among its files."""
+def test_a_worker_is_not_in_the_process_tree_of_its_front(front: Start, checkout: Checkout) -> None:
+    """A worker has its own session, and init or another process that adopts orphans as its parent. PM2 therefore does
+    not find it when it kills the process tree of the front."""
     process = front()
     worker = serves(checkout)
     stat = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
@@ -182,8 +185,9 @@ def test_a_worker_is_out_of_its_fronts_reach(front: Start, checkout: Checkout) -
     assert str(worker) not in children
 
 
-def test_a_front_that_ends_leaves_the_worker_for_the_next(front: Start, checkout: Checkout) -> None:
-    """The next front gets the listening socket from it, and it retires once the other is ready, and ends."""
+def test_the_next_front_takes_over_from_the_worker(front: Start, checkout: Checkout) -> None:
+    """After a front has ended, the next one gets the listening socket from the worker. The worker retires once the new
+    one is ready, and ends."""
     first = front()
     old = serves(checkout)
     first.terminate()
@@ -196,7 +200,7 @@ def test_a_front_that_ends_leaves_the_worker_for_the_next(front: Start, checkout
 
 
 def test_a_worker_without_a_front_ends(front: Start, checkout: Checkout) -> None:
-    """Which is what `pm2 stop` means."""
+    """A worker whose front was stopped ends if no other front connects; `pm2 stop` relies on this."""
     process = front()
     worker = serves(checkout)
     process.terminate()
@@ -206,8 +210,8 @@ def test_a_worker_without_a_front_ends(front: Start, checkout: Checkout) -> None
 
 
 def test_a_retired_worker_ends_its_connections(front: Start, checkout: Checkout) -> None:
-    """Over a connection that was open before it answers once more, says that it ends the connection, and that it is
-    not ready for turns; while a reader of a reply is left, it stays."""
+    """A retired worker answers one more request on an open connection, with `Connection: close`, and
+    `/health/ready` says that it takes no turns. It does not end while a client still reads a reply."""
     first = front()
     old = serves(checkout)
     ada = person(checkout)
@@ -224,7 +228,7 @@ def test_a_retired_worker_ends_its_connections(front: Start, checkout: Checkout)
         serves(checkout, other_than=old)
         answer = kept.get("/health/ready")
         assert (answer.status_code, answer.headers["connection"]) == (503, "close")
-        assert "another one takes over" in answer.json()["detail"]
+        assert "the new process answers" in answer.json()["detail"]
         assert is_alive(old)
         stream.read(one_frame=True)
     assert httpx.get(f"{checkout.url}/health/ready", trust_env=False).status_code == 200
@@ -234,15 +238,15 @@ def test_a_retired_worker_ends_its_connections(front: Start, checkout: Checkout)
 
 @pytest.mark.slow
 def test_a_message_over_an_old_connection_is_answered(front: Start, checkout: Checkout, openclaw: StandIn) -> None:
-    """A retired worker still takes a message from a client that has its connection: it runs there at once, or, behind
-    another reply, in whichever worker is free to take it; none is forgotten."""
+    """A retired worker still accepts a message over an open connection. If the message has to wait for another reply of
+    its session, any worker may run it later; it is not lost."""
     first = front()
     old = serves(checkout)
     with httpx.Client(base_url=checkout.url, timeout=30, trust_env=False, verify=NO_TLS) as one:
         ada = Person(one)
         session = ada.session()
         with ada.at(checkout.url) as other:
-            assert other.messages(session) == []  # its connection is open
+            assert other.messages(session) == []  # opens the connection
             with ada.listen(session, "[[chunks=60 delay=0.1]]") as (_, stream):
                 stream.read(to_first_text=True)
                 first.terminate()
@@ -257,15 +261,15 @@ def test_a_message_over_an_old_connection_is_answered(front: Start, checkout: Ch
     assert [request.text for request in openclaw.requests] == ["[[chunks=60 delay=0.1]]", "Behind it"]
 
 
-def test_a_worker_whose_front_dies_before_it_is_ready_claims_nothing(front: Start, checkout: Checkout) -> None:
-    """It ends with its front, and the one that serves is found by the next front."""
+def test_a_worker_that_is_not_ready_ends_with_its_front(front: Start, checkout: Checkout) -> None:
+    """The old worker continues to serve, and the next front takes over from it."""
     first = front()
     old = serves(checkout)
     checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport time\ntime.sleep(5)\n")
     first.terminate()
     first.wait(5)
     second = front()
-    starting = until(lambda: _unready(checkout, old), 10, "a worker that starts")
+    starting = until(lambda: _starting_worker(checkout, old), 10, "a worker that starts")
     second.kill()
     until(lambda: not is_alive(starting), 5, "its end")
     assert checkout.workers() == [old]
@@ -274,8 +278,9 @@ def test_a_worker_whose_front_dies_before_it_is_ready_claims_nothing(front: Star
     assert serves(checkout, other_than=old)
 
 
-def test_a_front_that_died_unheard_takes_its_worker_along(checkout: Checkout) -> None:
-    """Also where it was killed before it had read anything: the worker's end of the channel is reset then."""
+def test_a_starting_worker_ends_even_if_its_front_never_read_its_message(checkout: Checkout) -> None:
+    """If the front is killed before it has read what the worker sent, the worker gets ECONNRESET instead of the end of
+    the connection."""
     checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport time\ntime.sleep(20)\n")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -289,8 +294,8 @@ def test_a_front_that_died_unheard_takes_its_worker_along(checkout: Checkout) ->
     assert worker.wait(5) == 1
 
 
-def _unready(checkout: Checkout, old: int) -> int:
-    """The process of a worker of this checkout that does not serve yet."""
+def _starting_worker(checkout: Checkout, old: int) -> int:
+    """Returns the process id of a worker of this checkout other than `old`, also before it serves; otherwise 0."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
@@ -302,21 +307,21 @@ def _unready(checkout: Checkout, old: int) -> int:
     return 0
 
 
-def test_a_control_socket_without_a_worker_means_to_bind(front: Start, checkout: Checkout) -> None:
-    """What a killed worker left, or a file by that name, stops nobody."""
+def test_a_stale_unix_socket_is_ignored(front: Start, checkout: Checkout) -> None:
+    """A front starts although a killed worker left its Unix socket behind, or a file has the name of one."""
     directory = checkout.path / "run" / str(checkout.port)
     directory.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
         stale.bind(f"/proc/self/fd/{os.open(directory, os.O_RDONLY)}/1.sock")
-    (directory / "2.sock").write_text("no socket")
+    (directory / "2.sock").write_text("not a socket")
     front()
     worker = serves(checkout)
     assert checkout.workers() == [worker]
     assert checkout.health()["status"] == "ok"
 
 
-def test_two_fronts_of_a_port_are_one(front: Start, checkout: Checkout) -> None:
-    """The second says who is there and ends for good, with a status after which PM2 does not try again."""
+def test_a_second_front_of_a_port_ends(front: Start, checkout: Checkout) -> None:
+    """The second front names the first one and exits with a status after which PM2 does not start it again."""
     first = front()
     worker = serves(checkout)
     second = front()
@@ -325,8 +330,8 @@ def test_two_fronts_of_a_port_are_one(front: Start, checkout: Checkout) -> None:
     assert checkout.workers() == [worker]
 
 
-def test_two_ports_never_meet(start: Start, checkout: Checkout) -> None:
-    """Production and development have fronts, workers and sockets of their own, also in one directory."""
+def test_services_on_two_ports_are_independent(start: Start, checkout: Checkout) -> None:
+    """Production and development have separate fronts, workers and sockets, even in one directory."""
     (checkout.path / "prepared.sh").touch()
     for port in (checkout.port, checkout.development_port):
         start("--front", "./prepared.sh", port=port)
@@ -336,23 +341,23 @@ def test_two_ports_never_meet(start: Start, checkout: Checkout) -> None:
     assert is_open(checkout.port) and is_open(checkout.development_port)
 
 
-def test_a_port_of_a_stranger_is_said_with_its_holder(front: Start, checkout: Checkout) -> None:
-    """The front ends for good and names the process that holds the port."""
+def test_a_port_in_use_is_reported_with_its_process(front: Start, checkout: Checkout) -> None:
+    """The front names the process that uses the port, and exits with a status after which PM2 does not restart it."""
     with socket.create_server(("127.0.0.1", checkout.port)):
         assert front().wait(15) == 4
     assert f"Port {checkout.port} is already in use by process {os.getpid()}." in output(checkout)
 
 
-def test_a_directory_of_somebody_else_is_said(front: Start, checkout: Checkout) -> None:
-    """Where fronts and workers cannot meet, the front says so and ends for good."""
+def test_an_unusable_run_directory_is_reported(front: Start, checkout: Checkout) -> None:
+    """The front names the directory and exits with a status after which PM2 does not start it again."""
     (checkout.path / "run").write_text("")
     assert front().wait(15) == 5
     assert "run/" in output(checkout) and "cannot be used" in output(checkout)
 
 
 @pytest.mark.slow
-def test_a_stop_ends_a_worker_whose_database_is_held(front: Start, checkout: Checkout) -> None:
-    """A write that fails while it stops does not keep it alive."""
+def test_a_worker_stops_while_its_database_is_locked(front: Start, checkout: Checkout) -> None:
+    """A write that fails while the worker stops does not keep the worker running."""
     process = front()
     worker = serves(checkout)
     with closing(sqlite3.connect(checkout.path / "clawdbot_adapter.db", isolation_level=None)) as conn:
@@ -363,8 +368,9 @@ def test_a_stop_ends_a_worker_whose_database_is_held(front: Start, checkout: Che
 
 
 @pytest.mark.slow
-def test_a_second_reason_to_stop_cuts_nothing_short(front: Start, checkout: Checkout) -> None:
-    """A reply has the time that it may take, whoever else wants the worker to end: only a second signal hurries it."""
+def test_a_signal_to_a_worker_whose_front_ended_cuts_no_reply(front: Start, checkout: Checkout) -> None:
+    """A reply keeps its `DRAIN_SECONDS` if the worker has two reasons to stop: a signal, and that its front has ended.
+    Only a second signal ends the worker immediately."""
     checkout.edit(".env", "DRAIN_SECONDS=1", "DRAIN_SECONDS=20")
     process = front()
     worker = serves(checkout)
@@ -379,8 +385,9 @@ def test_a_second_reason_to_stop_cuts_nothing_short(front: Start, checkout: Chec
     assert (stream.finish, stream.text) == ("stop", reply_text(text))
 
 
-def test_a_prepare_that_does_not_end_is_ended(front: Start, start: Start, checkout: Checkout) -> None:
-    """With all that it started, when its front is asked to go; the worker serves on for the next front."""
+def test_a_hanging_start_script_is_killed_with_its_front(front: Start, start: Start, checkout: Checkout) -> None:
+    """A front that is stopped kills the start script and its children. The worker continues to serve, and the next
+    front takes over from it."""
     first = front()
     worker = serves(checkout)
     first.terminate()
@@ -396,8 +403,8 @@ def test_a_prepare_that_does_not_end_is_ended(front: Start, start: Start, checko
     assert serves(checkout, other_than=worker)
 
 
-def test_a_long_reason_is_cut_and_tells_no_path(front: Start, checkout: Checkout) -> None:
-    """What health says of code that does not start is short, and has neither paths nor addresses in it."""
+def test_failed_start_is_short_and_contains_no_path(front: Start, checkout: Checkout) -> None:
+    """`failed_start` in `/health` has at most 1,000 characters and contains neither paths nor URLs."""
     first = front()
     serves(checkout)
     reason = "cannot read /etc/secret.key of https://ada:pw@example.com/x: " + "x" * 100_000
@@ -405,13 +412,14 @@ def test_a_long_reason_is_cut_and_tells_no_path(front: Start, checkout: Checkout
     first.terminate()
     first.wait(5)
     front()
-    told = until(lambda: checkout.health()["failed_start"], 20, "health to say why")
-    assert told.startswith("RuntimeError: cannot read … of …")
-    assert len(told) <= 1000
+    shown = until(lambda: checkout.health()["failed_start"], 20, "the reason in /health")
+    assert shown.startswith("RuntimeError: cannot read … of …")
+    assert len(shown) <= 1000
 
 
-def test_a_first_start_that_fails_is_tried_again_in_peace(front: Start, checkout: Checkout) -> None:
-    """Where nothing serves yet the front says why and ends, after a pause that keeps PM2 from spinning."""
+def test_a_front_pauses_after_a_failed_first_start(front: Start, checkout: Checkout) -> None:
+    """If no worker serves yet, the front logs the reason and exits after a pause. Without the pause, PM2 would restart
+    it in a tight loop."""
     checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport nowhere\n")
     started = time.monotonic()
     assert front().wait(30) == 1
@@ -420,22 +428,23 @@ def test_a_first_start_that_fails_is_tried_again_in_peace(front: Start, checkout
     assert not is_open(checkout.port)
 
 
-def test_a_worker_that_cannot_come_back_is_tried_again(front: Start, checkout: Checkout) -> None:
-    """When the worker dies and the code is broken meanwhile, the front holds the port and tries until it works; who
-    connects waits and is served."""
+def test_a_front_retries_until_a_worker_starts(front: Start, checkout: Checkout) -> None:
+    """If the worker dies and the code is broken by then, the front keeps the listening socket and retries. A client
+    that connects meanwhile waits, and gets its response once a worker serves."""
     front()
     worker = serves(checkout)
     checkout.edit("app.py", "import asyncio\n", "import asyncio\nimport nowhere\n")
     os.kill(worker, signal.SIGKILL)
-    until(lambda: "the worker did not start, retrying in" in output(checkout), 20, "a try that fails")
+    until(lambda: "the worker did not start, retrying in" in output(checkout), 20, "a failed attempt")
     assert is_open(checkout.port)
     checkout.edit("app.py", "import asyncio\nimport nowhere\n", "import asyncio\n")
     assert httpx.get(f"{checkout.url}/health", timeout=30, trust_env=False).status_code == 200
 
 
 @pytest.mark.slow
-def test_a_log_that_nobody_reads_holds_nothing_up(front: Start, checkout: Checkout) -> None:
-    """While there is no front a worker's lines wait in a pipe; when that is full they are lost, and it serves on."""
+def test_a_full_log_pipe_does_not_block_the_worker(front: Start, checkout: Checkout) -> None:
+    """While there is no front, a worker's log lines stay in the pipe. When the pipe is full, the worker drops lines and
+    continues to serve."""
     checkout.edit("handover/front.py", "PIPE_SIZE = 1024 * 1024", "PIPE_SIZE = 4096")
     process = front()
     worker = serves(checkout)
@@ -451,8 +460,8 @@ def test_a_log_that_nobody_reads_holds_nothing_up(front: Start, checkout: Checko
     assert "/nothing/299 404" not in output(checkout)
 
 
-def test_a_front_imports_nothing_of_the_app(checkout: Checkout) -> None:
-    """A front runs where the requirements are missing or broken."""
+def test_a_front_does_not_import_the_app(checkout: Checkout) -> None:
+    """A front can therefore run if the requirements are missing or broken."""
     code = "import sys, serve; print(sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(checkout.path)!r}); {code}"],
@@ -465,8 +474,8 @@ def test_a_front_imports_nothing_of_the_app(checkout: Checkout) -> None:
     assert not loaded & {"app", "uvicorn", "fastapi", "settings", "database"}
 
 
-def test_another_port_is_free_again(start: Start, checkout: Checkout) -> None:
-    """A port is free for the next as soon as the service has ended, whatever connections it had."""
+def test_a_port_is_free_after_the_service_has_ended(start: Start, checkout: Checkout) -> None:
+    """The service can be started again on its port immediately, even if it closed open connections when it ended."""
     port = free_port()
     for _ in range(2):
         process = start(port=port)

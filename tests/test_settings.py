@@ -1,4 +1,4 @@
-"""What the environment may say, and what happens where it says something else."""
+"""Reading, defaults and validation of the settings."""
 
 import json
 import os
@@ -44,14 +44,14 @@ json.dump(opened, sys.stdout, default=str)
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting but what a test makes."""
+    """Removes all settings from the environment."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the code, where a test may put a `.env`."""
+    """A copy of the code, in which a test can write a `.env`."""
     folder = tmp_path / "a checkout"
     folder.mkdir()
     for file in (*CHECKOUT.glob("*.py"), *CHECKOUT.glob("[!tv]*/*.py")):
@@ -61,7 +61,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run(checkout: Path, code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """What Python says to that code, with the environment of this process."""
+    """Runs Python code in a new process, with the environment of this one."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
@@ -70,18 +70,18 @@ def run(checkout: Path, code: str, *arguments: str, cwd: Path | None = None) -> 
 
 
 def shown(checkout: Path, *names: str, cwd: Path | None = None) -> JSON:
-    """Settings as a process reads them."""
+    """Returns settings as a new process reads them."""
     done = run(checkout, SHOW, *names, cwd=cwd)
     assert done.returncode == 0, done.stderr
     values: JSON = json.loads(done.stdout)
     return values
 
 
-# --- what is read -------------------------------------------------------------------------------------
+# --- valid settings -----------------------------------------------------------------------------------
 
 
 def test_everything_has_a_default(checkout: Path, tmp_path: Path) -> None:
-    """Without an environment the settings are the documented ones, wherever the process was started."""
+    """Without environment variables, the settings have the documented defaults, in any working directory."""
     expected = {
         name: value.format(checkout=checkout) if isinstance(value, str) else value for name, value in DEFAULTS.items()
     }
@@ -89,7 +89,8 @@ def test_everything_has_a_default(checkout: Path, tmp_path: Path) -> None:
 
 
 def test_a_dotenv_beside_the_code_is_read(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The `.env` of the checkout counts, one in the working directory does not, and the environment goes before."""
+    """The `.env` of the checkout is read, the one of the working directory is not, and the environment takes
+    precedence."""
     (checkout / ".env").write_text(
         "# a comment\nCLAWDBOT_TOKEN='from the file'\nSIGNUP=closed\nTOKEN_TTL=120\nSOMEBODY_ELSES=1\nLOG_LEVEL=\n"
     )
@@ -105,7 +106,7 @@ def test_a_dotenv_beside_the_code_is_read(checkout: Path, tmp_path: Path, monkey
 
 
 def test_a_wrong_dotenv_stops_the_start(checkout: Path) -> None:
-    """A wrong value in the `.env` is named as one of the environment is."""
+    """A wrong value in `.env` is named like one in the environment."""
     (checkout / ".env").write_text("TOKEN_TTL=soon\n")
     done = run(checkout, "import app")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
@@ -113,7 +114,7 @@ def test_a_wrong_dotenv_stops_the_start(checkout: Path) -> None:
 
 
 def test_data_lies_beside_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`DATA_DIR` is where the database is unless it is said; images and projects lie in it unless that is said."""
+    """`DATA_DIR` defaults to the directory of the database, and `PROJECTS_DIR` to a directory in `DATA_DIR`."""
     monkeypatch.setenv("DB_PATH", str(tmp_path / "here/x.db"))
     loaded = settings.load_settings()
     here = tmp_path / "here"
@@ -140,7 +141,7 @@ def test_data_lies_beside_the_database(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_path_may_be_relative(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, expected: str
 ) -> None:
-    """A relative path starts at the checkout, whatever the working directory, and `~` is home."""
+    """A relative path starts at the checkout, in any working directory, and `~` is the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
@@ -170,20 +171,20 @@ def test_a_path_may_be_relative(
     ],
 )
 def test_a_right_value_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: object) -> None:
-    """A value counts as it is documented, without a trailing slash, in any case where case says nothing."""
+    """A valid value is accepted, without its trailing slash, and in upper or lower case if the case has no meaning."""
     monkeypatch.setenv(name, value)
     assert getattr(settings.load_settings(), name.lower()) == expected
 
 
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
 def test_an_empty_value_is_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A variable that is there and empty counts as one that is not there."""
+    """An empty variable counts as unset."""
     usual = settings.load_settings()
     monkeypatch.setenv(name, "")
     assert settings.load_settings() == usual
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- invalid settings ---------------------------------------------------------------------------------
 
 WRONG = (
     *(("CLAWDBOT_BASE_URL", url) for url in ("localhost", "localhost:18789", "ftp://x", "http://", "http://[::1")),
@@ -205,14 +206,14 @@ WRONG = (
         ("METRICS_TOKEN", token)
         for token in ("t" * 15, "a token with spaces in it", "tökentökentökentöken", "\x7f" * 16)
     ),
-    ("SIGNUP", "x" * 201),  # a longer invite than a sign-up may carry
+    ("SIGNUP", "x" * 201),  # the field `invite` of a sign-up has at most 200 characters
     ("PROJECTS_DIR", "~nobody-of-that-name/x"),
 )
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_wrong_value_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """What cannot be meant ends the process with one line that names the variable, and no secret."""
+    """An invalid value ends the process with one line that names the variable and shows no secret."""
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
         settings.load_settings()
@@ -223,7 +224,8 @@ def test_a_wrong_value_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: st
 
 
 def test_every_wrong_value_is_named_at_once(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process ends at the import of the app: status 1, one line on stderr, nothing on stdout, no file."""
+    """Importing the app exits with status 1 and one line on stderr that names all variables. It prints nothing to
+    stdout and creates no file."""
     monkeypatch.setenv("TOKEN_TTL", "soon")
     monkeypatch.setenv("CORS_ORIGINS", "nowhere")
     monkeypatch.setenv("JWT_SECRET", "my little secret")
@@ -250,7 +252,8 @@ def test_every_wrong_value_is_named_at_once(checkout: Path, monkeypatch: pytest.
     ],
 )
 def test_a_path_that_cannot_be_used_stops_the_start(tmp_path: Path, name: str, path: str) -> None:
-    """Where a database or folder cannot be, the server ends with a line that names the variable, not a traceback."""
+    """If a database or directory cannot be created, the server exits with a line that names the variable, without a
+    traceback."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("no database and no folder")
     environment = {
@@ -269,14 +272,14 @@ def test_a_path_that_cannot_be_used_stops_the_start(tmp_path: Path, name: str, p
             output, _ = server.communicate(timeout=15)
         except subprocess.TimeoutExpired:
             server.kill()
-            pytest.fail(f"the service serves with {name}={path}")
+            pytest.fail(f"the service started with {name}={path}")
     assert server.returncode != 0
     assert [line for line in output.splitlines() if name in line]
     assert "Traceback" not in output
 
 
 def test_settings_show_no_secret_and_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Secrets are hidden where settings are printed, and nobody changes a setting once it is read."""
+    """Printed settings hide secrets, and settings cannot be changed."""
     secrets = {
         "CLAWDBOT_TOKEN": "the-token",
         "JWT_SECRET": "the-secret-that-signs-all-the-tokens",
@@ -290,4 +293,51 @@ def test_settings_show_no_secret_and_do_not_change(monkeypatch: pytest.MonkeyPat
         for value in secrets.values():
             assert value not in text
     with pytest.raises(ValueError, match="frozen"):
-        loaded.token_ttl = 60  # type: ignore[misc]  # the model is frozen, which is tested
+        loaded.token_ttl = 60  # type: ignore[misc]  # the test is that the frozen model refuses this
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *("x" * 32, "ab" * 20, "abcdefgh" * 5, "1234567890" * 4, "changeme-changeme-changeme-changeme", "0" * 64),
+        *(
+            "your-256-bit-secret-your-256-bit-secret",
+            "super_secret_key_for_development_only",
+            "example secret of a readme file",
+        ),
+    ],
+)
+def test_a_secret_that_is_easy_to_guess_stops_the_start(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """Repetitions and what examples contain, however long."""
+    monkeypatch.setenv("JWT_SECRET", secret)
+    with pytest.raises(SystemExit, match=r"JWT_SECRET: .*(easy to guess|at least 32)"):
+        settings.load_settings()
+
+
+@pytest.mark.parametrize(
+    "secret", ["d0a1" + "6f83b25c97e4" * 1 + "0b1d4a7799e2c3f5a6b8", "a secret of the tests, long enough"]
+)
+def test_a_secret_that_is_random_starts(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """What `openssl rand` prints, or a sentence of one's own."""
+    monkeypatch.setenv("JWT_SECRET", secret)
+    loaded = settings.load_settings().jwt_secret
+    assert loaded is not None and loaded.get_secret_value() == secret
+
+
+@pytest.mark.parametrize(
+    "value", ["false", "off", "no", "close", "true", "on", "yes", "0", "1", "none", "disabled", "Invite-Only", "short"]
+)
+def test_a_signup_that_looks_like_a_switch_stops_the_start(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Each of them would become an invite code of that name, which anybody guesses."""
+    monkeypatch.setenv("SIGNUP", value)
+    with pytest.raises(SystemExit, match="SIGNUP: write `open`, `closed`"):
+        settings.load_settings()
+
+
+@pytest.mark.parametrize(
+    ("value", "signup"), [("Open", "open"), (" CLOSED ", "closed"), ("open sesame", "open sesame")]
+)
+def test_a_signup_is_read_whatever_its_case(monkeypatch: pytest.MonkeyPatch, value: str, signup: str) -> None:
+    """Blanks around the two words do not matter either; an invite code is taken as it is."""
+    monkeypatch.setenv("SIGNUP", value)
+    assert settings.load_settings().signup.get_secret_value() == signup

@@ -1,4 +1,4 @@
-"""The stand-in behaves as OpenClaw was seen to behave, or else what the other tests prove is worth little."""
+"""The stand-in behaves as OpenClaw was observed to behave. Otherwise the other tests would prove little."""
 
 import base64
 import hashlib
@@ -39,7 +39,7 @@ def ask(gateway: StandIn, content: object, headers: dict[str, str] | None = None
 
 
 def events(body: str) -> list[Json]:
-    """The JSON of each event, comments left out, `[DONE]` as an empty dict."""
+    """Returns the JSON of each event of a stream, with an empty dict for `[DONE]`, and without comments."""
     lines = [line for line in body.replace("\r\n", "\n").split("\n") if line.startswith("data: ")]
     return [{} if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
@@ -52,7 +52,7 @@ def text_of(body: str) -> str:
 
 @contextmanager
 def calling(gateway: StandIn, text: str, stream: bool) -> Iterator[None]:
-    """A caller who has asked, and leaves without having read."""
+    """Sends a request, and closes its connection at the end of the block without having read the response."""
     body = {"model": "agent:main", "user": "someone", "stream": stream, "messages": [{"role": "user", "content": text}]}
     content = json.dumps(body).encode()
     head = (
@@ -72,7 +72,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def call(gateway: StandIn, method: str, params: Json, token: str | None = None) -> Json:
-    """One call over WebSocket, after the handshake. The handshake's answer if that fails."""
+    """Calls a method over WebSocket, after the handshake. Returns its answer, or that of a handshake that failed."""
     with connect(gateway.url.replace("http", "ws") + "/") as websocket:
         assert json.loads(websocket.recv())["event"] == "connect.challenge"
         auth = {"minProtocol": 3, "maxProtocol": 4, "auth": {"token": token or gateway.token}}
@@ -107,11 +107,11 @@ def test_a_stream_has_openclaws_chunks_in_openclaws_order(gateway: StandIn) -> N
     assert gateway.runs[0].run_id.startswith("chatcmpl_")
 
 
-def test_the_usage_chunk_comes_only_when_asked_for(gateway: StandIn) -> None:
+def test_the_usage_chunk_is_sent_only_on_request(gateway: StandIn) -> None:
     assert all("usage" not in event for event in events(ask(gateway, "good day", stream=True).text))
 
 
-def test_an_answer_in_one_piece_is_a_chat_completion(gateway: StandIn) -> None:
+def test_a_response_without_streaming_is_a_chat_completion(gateway: StandIn) -> None:
     body = ask(gateway, "good day").json()
     assert body["object"] == "chat.completion"
     message = {"role": "assistant", "content": "You said: good day (message 1 of this conversation)"}
@@ -120,7 +120,8 @@ def test_an_answer_in_one_piece_is_a_chat_completion(gateway: StandIn) -> None:
 
 
 def test_a_conversation_is_remembered_by_user_and_by_header(gateway: StandIn) -> None:
-    """The header wins over `user`; without either, or with the key in the body, each message stands alone."""
+    """The header takes precedence over `user`. Without either, or with the key in the body, each message begins a new
+    conversation."""
     ask(gateway, "one", user="Some-One")
     key = {"x-openclaw-session-key": "agent:main:openai-user:some-one"}
     assert text_of(ask(gateway, "two", key, user="other", stream=True).text).endswith(
@@ -144,7 +145,7 @@ def test_only_the_newest_user_message_is_answered(gateway: StandIn) -> None:
     assert "You said: new (" in ask(gateway, "", messages=messages).text
 
 
-def test_pictures_reach_the_agent(gateway: StandIn) -> None:
+def test_images_reach_the_agent(gateway: StandIn) -> None:
     url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
     content = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]
     reply = ask(gateway, content).json()["choices"][0]["message"]["content"]
@@ -169,7 +170,7 @@ def image_part(url: str) -> list[Json]:
         ("[[end=well]]", "agent:main", "The stand-in has no such end: well"),
     ],
 )
-def test_a_bad_request_is_refused_in_openclaws_words(
+def test_a_bad_request_is_refused_with_openclaws_message(
     gateway: StandIn, content: object, model: str, message: str
 ) -> None:
     response = ask(gateway, content, model=model)
@@ -181,7 +182,7 @@ def test_a_body_over_20_mib_is_refused(gateway: StandIn) -> None:
     assert ask(gateway, "x" * (20 * 1024 * 1024)).status_code == 413
 
 
-def test_the_token_and_the_endpoint_guard_chat_and_models(gateway: StandIn) -> None:
+def test_chat_and_models_need_the_token_and_an_enabled_endpoint(gateway: StandIn) -> None:
     wrong = {"Authorization": "Bearer wrong"}
     right = {"Authorization": f"Bearer {gateway.token}"}
     models = f"{gateway.url}/v1/models"
@@ -196,14 +197,14 @@ def test_the_token_and_the_endpoint_guard_chat_and_models(gateway: StandIn) -> N
     assert gateway.requests == []
 
 
-def test_its_state_needs_no_token(gateway: StandIn) -> None:
+def test_its_health_needs_no_token(gateway: StandIn) -> None:
     started = {"ok": True, "status": "started", "version": "stand-in"}
     assert httpx.get(f"{gateway.url}/startupz").json() == started
     assert httpx.get(f"{gateway.url}/healthz").json() == {"ok": True, "status": "live"}
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 429, 500, 503])
-def test_a_status_has_the_body_that_goes_with_it(gateway: StandIn, status: int) -> None:
+def test_a_failing_status_has_openclaws_body(gateway: StandIn, status: int) -> None:
     response = ask(gateway, f"[[status={status}]]", stream=True)
     assert response.status_code == status
     assert response.headers.get("retry-after") == ("7" if status == 429 else None)
@@ -211,7 +212,7 @@ def test_a_status_has_the_body_that_goes_with_it(gateway: StandIn, status: int) 
     assert gateway.sessions == {}
 
 
-def test_the_text_is_the_same_each_time_and_full_of_pitfalls(gateway: StandIn) -> None:
+def test_the_text_is_deterministic_and_has_special_characters(gateway: StandIn) -> None:
     directive = "[[chunks=40 size=25 seed=3]]"
     text = reply_text(directive)
     assert text_of(ask(gateway, directive, stream=True).text) == text
@@ -221,12 +222,12 @@ def test_the_text_is_the_same_each_time_and_full_of_pitfalls(gateway: StandIn) -
     assert len(events(ask(gateway, directive, stream=True).text)) == 40 + 3
 
 
-@pytest.mark.parametrize("odd", ["split=1", "split=7", "crlf=1", "comments=1", "split=5 crlf=1 comments=1"])
-def test_odd_wires_carry_the_same_text(gateway: StandIn, odd: str) -> None:
-    response = ask(gateway, f"[[chunks=8 size=9 {odd}]]", stream=True)
+@pytest.mark.parametrize("framing", ["split=1", "split=7", "crlf=1", "comments=1", "split=5 crlf=1 comments=1"])
+def test_unusual_framing_carries_the_same_text(gateway: StandIn, framing: str) -> None:
+    response = ask(gateway, f"[[chunks=8 size=9 {framing}]]", stream=True)
     assert text_of(response.text) == reply_text("[[chunks=8 size=9]]")
-    assert ("\r\n\r\n" in response.text) == ("crlf" in odd)
-    assert response.text.startswith(": a comment") == ("comments" in odd)
+    assert ("\r\n\r\n" in response.text) == ("crlf" in framing)
+    assert response.text.startswith(": a comment") == ("comments" in framing)
 
 
 def test_split_cuts_within_characters(gateway: StandIn) -> None:
@@ -244,8 +245,8 @@ def test_big_is_one_chunk_of_that_many_bytes(gateway: StandIn) -> None:
     assert text == reply_text("[[big=100001]]")
 
 
-def test_ends_that_are_whole(gateway: StandIn) -> None:
-    """`done`, `empty`, `blank`, `surrogates` and, but for the last line, `no_done`."""
+def test_ends_of_complete_replies(gateway: StandIn) -> None:
+    """These directives complete the reply; after `no_done`, only the line `[DONE]` is missing."""
     for end, last in (("done", {}), ("empty", {}), ("blank", {}), ("surrogates", {}), ("no_done", None)):
         directive = f"[[chunks=2 end={end}]]"
         body = ask(gateway, directive, stream=True).text
@@ -258,15 +259,15 @@ def test_ends_that_are_whole(gateway: StandIn) -> None:
     assert [run.state for run in gateway.runs] == ["complete"] * 5
 
 
-def test_surrogates_come_as_two_escapes(gateway: StandIn) -> None:
+def test_surrogates_are_sent_as_two_escapes(gateway: StandIn) -> None:
     body = ask(gateway, "[[chunks=2 size=3 end=surrogates]]", stream=True).content
     assert rb'{"content":"\ud83d"}' in body
     assert rb'{"content":"\ude00"}' in body
     assert "😀" in reply_text("[[chunks=2 size=3 end=surrogates]]")
 
 
-def test_ends_that_are_not_whole(gateway: StandIn) -> None:
-    """Each ends its body in order under status 200, and leaves no reply in the transcript."""
+def test_ends_of_incomplete_replies(gateway: StandIn) -> None:
+    """Each response has status 200 and a correctly terminated body, but the transcript contains no reply."""
     eof = ask(gateway, "[[chunks=2 end=eof]]", stream=True).text
     assert text_of(eof) == reply_text("[[chunks=2]]")
     assert 'finish_reason":"stop' not in eof
@@ -290,15 +291,15 @@ def test_drop_cuts_the_connection_within_the_body(gateway: StandIn) -> None:
 
 
 @pytest.mark.parametrize("end", ["error", "garbage", "html", "badjson", "eof"])
-def test_an_answer_in_one_piece_can_fail_too(gateway: StandIn, end: str) -> None:
+def test_a_response_without_streaming_can_fail_too(gateway: StandIn, end: str) -> None:
     body = ask(gateway, f"[[end={end}]]").content.decode(errors="replace")
     assert "chat.completion" not in body or not body.endswith("}")
 
 
 @pytest.mark.parametrize("directive", ["[[end=hang chunks=2]]", "[[first=60]]", "[[delay=60]]"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_caller_who_leaves_ends_the_run(gateway: StandIn, directive: str, stream: bool) -> None:
-    """The transcript keeps the user's message and nothing of the reply, and the session is free again."""
+def test_a_caller_that_disconnects_aborts_the_run(gateway: StandIn, directive: str, stream: bool) -> None:
+    """The transcript keeps the user's message without a reply, and the session accepts another message."""
     with calling(gateway, directive, stream=stream):
         until(lambda: gateway.runs)
     until(lambda: gateway.aborted)
@@ -318,7 +319,7 @@ def test_a_second_run_at_once_in_a_session_fails(gateway: StandIn) -> None:
     assert ask(gateway, "in time").status_code == 200
 
 
-def test_history_reads_as_the_gateways_does(gateway: StandIn) -> None:
+def test_history_has_openclaws_format(gateway: StandIn) -> None:
     ask(gateway, "good day", stream=True)
     user, assistant = history(gateway)
     assert (user["role"], user["content"], user["__openclaw"]["seq"]) == ("user", "good day", 1)
@@ -331,7 +332,7 @@ def test_history_reads_as_the_gateways_does(gateway: StandIn) -> None:
     assert [item["role"] for item in history(gateway, limit=1)] == ["assistant"]
 
 
-def test_history_cuts_what_is_longer_than_asked_for(gateway: StandIn) -> None:
+def test_history_truncates_long_messages(gateway: StandIn) -> None:
     ask(gateway, "[[chunks=900 size=10]]")
     long = history(gateway)[1]
     assert long["__openclaw"]["truncated"] is True
@@ -354,7 +355,7 @@ def test_a_session_can_be_deleted_and_an_unknown_one_too(gateway: StandIn) -> No
     assert "(message 1 of this conversation)" in ask(gateway, "new").text
 
 
-def test_the_websocket_wants_the_token_and_a_method_that_there_is(gateway: StandIn) -> None:
+def test_the_websocket_refuses_a_wrong_token_and_an_unknown_method(gateway: StandIn) -> None:
     refused = call(gateway, "sessions.list", {}, token="wrong")
     assert (refused["ok"], refused["error"]["code"]) == (False, "INVALID_REQUEST")
     assert refused["error"]["message"].startswith("unauthorized: ")
@@ -363,7 +364,7 @@ def test_the_websocket_wants_the_token_and_a_method_that_there_is(gateway: Stand
     assert hello == {"type": "hello-ok", "protocol": 4, "server": {"version": "stand-in"}}
 
 
-def test_it_stops_while_streams_hang_and_starts_again_where_it_was() -> None:
+def test_the_stand_in_stops_during_streams_and_restarts_on_its_port() -> None:
     gateway = StandIn()
     gateway.start()
     port = gateway.port

@@ -1,4 +1,4 @@
-"""The start scripts: which branch each takes, how they keep `venv/`, what they start, and the demo from end to end."""
+"""The start scripts: which branches each accepts, how they maintain `venv/`, what they start, and the whole demo."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def git(directory: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with a space in its name, no requirements, and ports that nobody else uses."""
+    """A checkout with a space in its name, no requirements, and free ports."""
     directory = tmp_path_factory.mktemp("a clone")
     (directory / "tests").mkdir()
     (directory / "tests" / ".gitkeep").touch()
@@ -61,14 +61,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(clone: Path) -> Iterator[Path]:
-    """The clone on `main`, and as it was afterwards."""
+    """The clone on `main`. Restores it after the test."""
     yield clone
     git(clone, "checkout", "--force", "main")
     (clone / ".env").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
-    ("branch", "taken_by"),
+    ("branch", "accepted_by"),
     [
         ("main", ["start-backend.sh"]),
         ("feature/chat", ["start-backend-dev.sh"]),
@@ -78,12 +78,12 @@ def checkout(clone: Path) -> Iterator[Path]:
         ("featured", []),
     ],
 )
-def test_each_script_takes_its_own_branches(checkout: Path, branch: str, taken_by: list[str]) -> None:
-    """The refusal names the branch and the command that helps."""
+def test_each_script_accepts_its_own_branches(checkout: Path, branch: str, accepted_by: list[str]) -> None:
+    """The error names the branch and the git command that creates a suitable worktree."""
     git(checkout, "checkout", "-B", branch)
     for script in SCRIPTS:
         done = run(checkout / script, "--check")
-        if script in taken_by:
+        if script in accepted_by:
             assert (done.returncode, done.stderr) == (0, "")
         else:
             assert done.returncode == 3
@@ -91,8 +91,8 @@ def test_each_script_takes_its_own_branches(checkout: Path, branch: str, taken_b
             assert "git worktree add ../" in done.stderr
 
 
-def test_a_branch_below_development_is_one_for_development(checkout: Path) -> None:
-    """Git cannot keep it beside a branch `development`, so it has a test of its own."""
+def test_a_branch_below_development_is_accepted(checkout: Path) -> None:
+    """This is a separate test because git cannot store `development/ada` next to a branch `development`."""
     git(checkout, "update-ref", "-d", "refs/heads/development")
     git(checkout, "checkout", "-B", "development/ada")
     assert run(checkout / "start-backend-dev.sh", "--check").returncode == 0
@@ -120,7 +120,7 @@ def test_a_worktree_is_a_checkout_of_its_own(checkout: Path, tmp_path: Path) -> 
     git(checkout, "worktree", "remove", "--force", str(tmp_path / "tree"))
 
 
-def test_what_is_no_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
     for script in (*SCRIPTS, "checkout.py"):
         shutil.copy(checkout / script, tmp_path)
     for script in SCRIPTS:
@@ -129,13 +129,13 @@ def test_what_is_no_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
         assert f"{tmp_path} is not a git checkout" in done.stderr
 
 
-def test_it_works_from_anywhere_and_through_a_link(checkout: Path, tmp_path: Path) -> None:
+def test_the_script_works_from_any_directory_and_through_a_symlink(checkout: Path, tmp_path: Path) -> None:
     link = tmp_path / "start"
     link.symlink_to(checkout / "start-backend.sh")
     assert run(link, "--check", cwd=tmp_path).returncode == 0
 
 
-def test_a_port_in_use_is_named_with_its_holder(checkout: Path) -> None:
+def test_a_port_in_use_is_reported_with_its_process(checkout: Path) -> None:
     port = int(re.findall(r"USUAL_PORT=(\d+)", (checkout / "start-backend.sh").read_text())[0])
     with socket.create_server(("127.0.0.1", port)):
         done = run(checkout / "start-backend.sh", "--check")
@@ -146,7 +146,7 @@ def test_a_port_in_use_is_named_with_its_holder(checkout: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_options(script: str) -> None:
-    """Help says the port and all there is; what is unknown or out of place is refused."""
+    """`--help` names the port and every option; unknown and misplaced options are refused."""
     helped = run(ROOT / script, "--help")
     assert helped.returncode == 0
     assert f"port {SCRIPTS[script]}" in helped.stdout
@@ -162,8 +162,8 @@ def test_options(script: str) -> None:
 
 @pytest.mark.slow
 def test_changed_requirements_are_installed_before_the_start(checkout: Path) -> None:
-    """A failure shows what pip said, leaves an environment that the next start does not take for whole, and does not
-    take it away from a service that runs on it."""
+    """If pip fails, the script prints pip's output, and the next start installs again. The environment stays in place,
+    because a service may be running on it."""
     requirements = checkout / "requirements.lock"
     mark = checkout / "venv" / "left-over"
     mark.touch()
@@ -182,8 +182,8 @@ def test_changed_requirements_are_installed_before_the_start(checkout: Path) -> 
     assert not mark.exists()
 
 
-def test_what_has_no_hash_is_not_installed(checkout: Path) -> None:
-    """A package that the lock file does not pin by its hash could be anything."""
+def test_a_requirement_without_a_hash_is_refused(checkout: Path) -> None:
+    """Without a hash in the lock file, a package index could deliver other code than the code that was tested."""
     lock = checkout / "requirements.lock"
     before = lock.read_text()
     lock.write_text("./package\n")
@@ -201,12 +201,12 @@ def test_two_starts_at_once_build_one_environment(checkout: Path) -> None:
     (checkout / "venv" / ".stamp").unlink()
     command = [str(checkout / "start-backend.sh"), "--check"]
     starts = [subprocess.Popen(command, env=TOOLS, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [start.communicate(timeout=120)[1] for start in starts]
+    outputs = [start.communicate(timeout=120)[1] for start in starts]
     assert [start.returncode for start in starts] == [0, 0]
-    assert sum("Installing" in text for text in said) == 1
+    assert sum("Installing" in text for text in outputs) == 1
 
 
-def test_a_missing_python_is_said(checkout: Path, tmp_path: Path) -> None:
+def test_a_missing_python_is_reported(checkout: Path, tmp_path: Path) -> None:
     wrong = run(checkout / "start-backend.sh", "--check", PYTHON="/bin/false")
     assert (wrong.returncode, "PYTHON=/bin/false is not Python 3.11" in wrong.stderr) == (1, True)
     for tool in ("bash", "dirname", "readlink"):
@@ -215,7 +215,7 @@ def test_a_missing_python_is_said(checkout: Path, tmp_path: Path) -> None:
     assert (none.returncode, "Python 3.11 or newer was not found" in none.stderr) == (1, True)
 
 
-def test_a_python_without_venv_is_said(checkout: Path, tmp_path: Path) -> None:
+def test_a_python_without_venv_is_reported(checkout: Path, tmp_path: Path) -> None:
     stamp = checkout / "venv" / ".stamp"
     content = stamp.read_text()
     stamp.unlink()
@@ -227,8 +227,9 @@ def test_a_python_without_venv_is_said(checkout: Path, tmp_path: Path) -> None:
     stamp.write_text(content)
 
 
-def test_what_is_started(checkout: Path) -> None:
-    """Development has its own database unless the environment or `.env` names one, and reloads only for our code."""
+def test_the_started_commands(checkout: Path) -> None:
+    """Development uses its own database unless the environment or `.env` sets `DB_PATH`, and reloads only when the
+    code of the service changes."""
     python = checkout / "venv" / "bin" / "python"
     python.unlink()
     python.write_text('#!/bin/sh\necho "DB_PATH=$DB_PATH"\necho "$@"\n')
@@ -254,7 +255,7 @@ def test_what_is_started(checkout: Path) -> None:
 
 
 def test_the_demo_sets_every_setting() -> None:
-    """One that it does not set would be read from the checkout's `.env`."""
+    """A setting that the demo did not set would be read from the checkout's `.env`."""
     text = (ROOT / "start-backend.sh").read_text()
     for name in Settings.model_fields:
         assert re.search(rf"\b{name.upper()}=\S", text), name
@@ -262,7 +263,7 @@ def test_the_demo_sets_every_setting() -> None:
 
 @contextmanager
 def demo(script: Path, temporary: Path, **env: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A running demo: its process, its address, and the lines that it says to paste."""
+    """Runs a demo. Yields its process, its address, and the commands that it prints for pasting."""
     url = f"http://127.0.0.1:{free_port()}"
     command = [str(script), "--demo", "--port", url.rpartition(":")[2]]
     process = subprocess.Popen(
@@ -270,11 +271,11 @@ def demo(script: Path, temporary: Path, **env: str) -> Iterator[tuple[subprocess
     )
     try:
         assert process.stdout
-        said: list[str] = []
-        while said.count("\n") < 2:  # an empty line before what is to be pasted, and one after it
-            said.append(process.stdout.readline())
-            assert said[-1], "The demo ended before it said what to paste"
-        yield process, url, "".join(said[said.index("\n") :])
+        lines: list[str] = []
+        while lines.count("\n") < 2:  # the demo prints an empty line before the commands, and one after them
+            lines.append(process.stdout.readline())
+            assert lines[-1], "the demo ended before it printed its commands"
+        yield process, url, "".join(lines[lines.index("\n") :])
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -282,7 +283,7 @@ def demo(script: Path, temporary: Path, **env: str) -> Iterator[tuple[subprocess
 
 
 def paste(lines: str) -> str:
-    """What a person gets who pastes the lines, twice, with nothing but bash, curl and sed."""
+    """Returns the output of the commands, run twice in a new bash without the caller's environment."""
     with tempfile.TemporaryDirectory() as home:
         env = {"PATH": os.environ["PATH"], "HOME": home}
         done = subprocess.run(
@@ -293,7 +294,8 @@ def paste(lines: str) -> str:
 
 
 def has_ended(process: subprocess.Popen[str], url: str, temporary: Path) -> bool:
-    """Server, stand-in and data are gone; the script's group is what they were started in."""
+    """Checks that the service, the stand-in and the whole process group of the script have ended. Returns whether the
+    demo removed its data."""
     process.wait(30)
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
@@ -304,21 +306,21 @@ def has_ended(process: subprocess.Popen[str], url: str, temporary: Path) -> bool
 
 @pytest.fixture
 def ready(tmp_path: Path) -> Path:
-    """A copy of this checkout whose environment counts as built."""
+    """A copy of this checkout with an environment that the scripts do not build again."""
     return Checkout(tmp_path / "a checkout", {}).path
 
 
 @pytest.fixture
 def temporary(tmp_path: Path) -> Path:
-    """Where a demo keeps its data."""
+    """The directory for temporary files, in which a demo puts its data."""
     path = tmp_path / "temporary"
     path.mkdir()
     return path
 
 
 @pytest.mark.parametrize("is_built", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_demo_is_a_first_chat_for_who_pastes_its_lines(ready: Path, temporary: Path, is_built: bool) -> None:
-    """In a new clone, it first installs what `requirements.lock` pins."""
+def test_the_demos_commands_are_a_first_chat(ready: Path, temporary: Path, is_built: bool) -> None:
+    """In a new clone, the demo first installs the packages of `requirements.lock`."""
     if not is_built:
         shutil.rmtree(ready / "venv")
     with demo(ready / "start-backend.sh", temporary) as (process, url, lines):
@@ -331,8 +333,8 @@ def test_the_demo_is_a_first_chat_for_who_pastes_its_lines(ready: Path, temporar
         assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
-    """Neither the caller's environment nor a `.env` gets in; Ctrl-C, which goes to the whole group, ends it."""
+def test_the_demo_ignores_settings_and_leaves_no_data(tmp_path: Path) -> None:
+    """The demo ignores the caller's environment and `.env`. Ctrl-C, which signals the whole process group, ends it."""
     copy, temporary = tmp_path / "a copy", tmp_path / "temporary"
     temporary.mkdir()
     shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns(".venv*", "__pycache__"))
@@ -357,7 +359,7 @@ def test_the_demo_heeds_no_setting_and_touches_no_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["app:app", "demo.py"])
-def test_a_demo_of_which_a_part_dies_ends_and_says_so(ready: Path, temporary: Path, part: str) -> None:
+def test_a_demo_ends_if_one_of_its_processes_dies(ready: Path, temporary: Path, part: str) -> None:
     with demo(ready / "start-backend.sh", temporary) as (process, url, _):
         found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", part], capture_output=True, check=True)
         os.kill(int(found.stdout), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What is told about the running service: the lines of the log, what they are about and what they keep, the metrics."""
+"""Log lines, the ids and secrets in them, and the metrics."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 
 
 def parsed(line: str) -> JSON:
-    """A line of either form, as that of the JSON form has it; the time is left as it is."""
+    """Returns the fields of a line of either format, under the names of the JSON format; the time keeps its format."""
     if line.startswith("{"):
         fields: JSON = json.loads(line)
         return fields
@@ -55,33 +55,33 @@ def parsed(line: str) -> JSON:
 
 
 class Log:
-    """Takes down what the process logs."""
+    """Writes the log of this process to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def start(self, form: telemetry.Form, *secrets: str, level: str = "DEBUG") -> None:
-        """From now on, in this form."""
+        """Logs to the file in this format from now on."""
         telemetry.start_logging(level, form, secrets, self._fd)
 
     def text(self) -> str:
-        """All of it so far."""
+        """Returns everything that was logged so far."""
         return self._path.read_text("utf-8")
 
     def lines(self) -> list[str]:
-        """Its lines, by all that anybody takes for the end of one."""
+        """Returns the lines, split at every character that Python takes for the end of a line."""
         return self.text().splitlines()
 
     def close(self) -> None:
-        """Ends it."""
+        """Stops logging to the file."""
         telemetry.start_logging("DEBUG", "plain", (), NOWHERE)
         os.close(self._fd)
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Log]:
-    """What is logged while a test runs."""
+    """The log of one test."""
     kept = Log(tmp_path / "the.log")
     yield kept
     kept.close()
@@ -93,7 +93,7 @@ def ours() -> logging.Logger:
     return logging.getLogger("clawd.tests")
 
 
-# --- the two forms ------------------------------------------------------------------------------------
+# --- the two formats ----------------------------------------------------------------------------------
 
 ODD = (
     *("a\nb", "a\r\nb", "a\rb", "tab\there", "\x1b[31mred", "a\u2028b", "a\u2029b", "a\x85b", "a\x0b\x0c\x1cb"),
@@ -104,7 +104,7 @@ ODD = (
 @each_form
 @pytest.mark.parametrize("text", ODD, ids=ascii)
 def test_an_event_is_one_line(form: telemetry.Form, text: str, log: Log, ours: logging.Logger) -> None:
-    """Whatever is in a message, nothing in it ends the line or steers a terminal, and JSON gives it back."""
+    """No content of a message ends the line or controls a terminal. JSON returns the content unchanged."""
     log.start(form)
     ours.info("said %s.", text)
     ours.info("next")
@@ -117,10 +117,10 @@ def test_an_event_is_one_line(form: telemetry.Form, text: str, log: Log, ours: l
 
 @each_form
 def test_a_line_says_what_is_known(form: telemetry.Form, log: Log, ours: logging.Logger) -> None:
-    """Time, level, logger and message always; request, user, session and turn where there are such."""
+    """Each line has time, level, logger and message; request, user, session and turn are in it if they are known."""
     log.start(form)
 
-    def tell() -> JSON:
+    def logged() -> JSON:
         ours.warning("%d things", 3)
         line = parsed(log.lines()[-1])
         when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z" if form == "json" else r"[\d: -]{19},\d{3}"
@@ -129,27 +129,30 @@ def test_a_line_says_what_is_known(form: telemetry.Form, log: Log, ours: logging
 
     def story() -> None:
         usual = {"level": "WARNING", "logger": "clawd.tests", "message": "3 things"}
-        assert tell() == usual
+        assert logged() == usual
         telemetry.begin_request("abc")
-        assert tell() == usual | {"request_id": "abc"}
+        assert logged() == usual | {"request_id": "abc"}
         telemetry.note(user_id=7)
         telemetry.note(session_id=12, turn_id=345)
         known = {"request_id": "abc", "user_id": 7, "session_id": 12, "turn_id": 345}
-        assert tell() == usual | known
-        assert telemetry.turn_context(13, 346, asked_here=True).run(tell) == usual | known | {
+        assert logged() == usual | known
+        assert telemetry.turn_context(13, 346, asked_here=True).run(logged) == usual | known | {
             "session_id": 13,
             "turn_id": 346,
         }
-        assert telemetry.turn_context(13, 346, asked_here=False).run(tell) == usual | {"session_id": 13, "turn_id": 346}
-        assert tell() == usual | known
+        assert telemetry.turn_context(13, 346, asked_here=False).run(logged) == usual | {
+            "session_id": 13,
+            "turn_id": 346,
+        }
+        assert logged() == usual | known
         telemetry.begin_request("next")
-        assert tell() == usual | {"request_id": "next"}
+        assert logged() == usual | {"request_id": "next"}
 
     copy_context().run(story)
 
 
 def test_a_duration_is_a_field(log: Log, ours: logging.Logger) -> None:
-    """In JSON an event that took a time has it as a number, in milliseconds."""
+    """A JSON line about something that takes time has the milliseconds as a number."""
     log.start("json")
     ours.info("done", extra={"duration_ms": 12.5})
     assert json.loads(log.text())["duration_ms"] == 12.5
@@ -157,7 +160,8 @@ def test_a_duration_is_a_field(log: Log, ours: logging.Logger) -> None:
 
 @each_form
 def test_a_traceback_stays_with_its_event(form: telemetry.Form, log: Log, ours: logging.Logger) -> None:
-    """In JSON it is a field; in the plain form it follows on indented lines, also where it forges a line."""
+    """In JSON, a traceback is a field. In the plain format it follows on indented lines, even if it contains a forged
+    line."""
     log.start(form)
     try:
         raise RuntimeError("broken\n2026-11-24 09:00:00,123 INFO clawd.app [-] FORGED\x1b[31m")
@@ -178,9 +182,10 @@ def test_a_traceback_stays_with_its_event(form: telemetry.Form, log: Log, ours: 
 def test_arguments_that_do_not_fit_are_no_error(
     form: telemetry.Form, log: Log, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A line that is formatted wrongly is told without its arguments, which nobody has looked at."""
+    """A log call whose arguments do not match its format string logs the format string only, because the arguments
+    could contain secrets that were never checked."""
     log.start(form)
-    *_, lines = logging.getLogger().handlers  # alone: those of pytest raise
+    *_, lines = logging.getLogger().handlers  # only our handler, because those of pytest would raise
     lines.handle(logging.LogRecord("clawd.tests", logging.INFO, "", 1, "%d of %d", ("a text",), None))
     assert "%d of %d" in parsed(log.lines()[0])["message"]
     assert "a text" not in log.text() + capfd.readouterr().err
@@ -188,8 +193,8 @@ def test_arguments_that_do_not_fit_are_no_error(
 
 @each_form
 def test_secrets_are_replaced(form: telemetry.Form, log: Log, ours: logging.Logger) -> None:
-    """What is known to be a secret, or looks like an access token, is not told wherever it stands; a word too short
-    to be one is."""
+    """Known secrets, and text that looks like an access token, are replaced in messages, tracebacks and request ids. A
+    secret that is too short is not replaced."""
     log.start(form, "a long secret", "INFO")
     access = f"eyJ{'a' * 20}.eyJ{'b' * 20}.{'c-_' * 10}"
     try:
@@ -225,8 +230,8 @@ print(logging.getLogger("uvicorn.access").hasHandlers(), file=sys.stderr)
 
 @each_form
 def test_others_lines_are_like_ours(form: str) -> None:
-    """uvicorn, asyncio, warnings and libraries write in the same form, each line once, however often logging is
-    started; uvicorn's access log, which would tell of signatures, is off, and uvicorn knows it."""
+    """uvicorn, asyncio, warnings and libraries log in the same format, each line once, even if logging is started
+    twice. uvicorn's access log is off, because it would contain the signatures of image URLs."""
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     done = subprocess.run(
         [sys.executable, "-c", OTHERS, form], capture_output=True, text=True, check=True, env=environment
@@ -239,15 +244,15 @@ def test_others_lines_are_like_ours(form: str) -> None:
     assert done.stderr.splitlines() == ["False"]
 
 
-# --- where nobody reads -------------------------------------------------------------------------------
+# --- a full pipe --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [100, 100_000])
 def test_a_full_pipe_costs_lines_and_no_more(
     length: int, ours: logging.Logger, log: Log, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Where a worker's pipe is full, lines are lost, whole ones; nothing is raised or told elsewhere; once somebody
-    reads again, new lines come whole."""
+    """While the pipe of a worker is full, whole lines are lost; nothing is raised or printed to stderr. Once the pipe
+    is read again, new lines are complete."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     os.set_blocking(reading, False)
@@ -284,7 +289,7 @@ def test_a_full_pipe_costs_lines_and_no_more(
 
 
 class Story:
-    """A service as a process of its own that logs all it can, and what happened to its user."""
+    """A service in its own process that logs everything, and the actions of its user."""
 
     def __init__(self, form: str, directory: Path, stack: ExitStack) -> None:
         gateway = stack.enter_context(StandIn(token="the-gateways-token"))
@@ -306,7 +311,7 @@ class Story:
         self.live()
 
     def ask(self, request_id: str, method: str, path: str, **body: object) -> JSON:
-        """One request under that id; what it answers, `raw` where that is no JSON."""
+        """Sends one request with this id. Returns the JSON of the response, or `raw` text."""
         if path.startswith("/auth/") and "password" not in body:
             body["password"] = self.password
         headers = {**self.headers, "X-Request-ID": request_id}
@@ -319,12 +324,12 @@ class Story:
         }
 
     def chat(self, request_id: str, text: str, path: str = "/chat", **more: object) -> JSON:
-        """A message, and what came of it."""
+        """Sends a message and returns the response."""
         said = [{"role": "user", "content": text}]
         return self.ask(request_id, "POST", path, session_key=self.session["session_key"], messages=said, **more)
 
     def live(self) -> None:
-        """What happens."""
+        """Performs all actions whose log lines are tested."""
         own = f"/sessions/{self.session['id']}"
         self.whole = self.chat("whole", "What I tell nobody", image=PNG)["turn"]
         self.streamed = self.chat("streamed", "Whispered [[chunks=4 end=done]]", "/chat/stream")["turn"]
@@ -346,7 +351,7 @@ class Story:
         self.ask("anonymous", "GET", "/projects")
 
     def run_and_stop(self, own: str) -> None:
-        """Turns that wait behind others: one until that ends, one until a stop, one over a kill -9."""
+        """Queues turns behind others: one until the first ends, one until a stop, one until after a kill -9."""
         short, endless = "Slow secret [[chunks=20 delay=0.03]]", "Endless secret [[chunks=9999 delay=0.02]]"
         with self.talk("first", short), self.talk("second", short) as self.waited:
             self.ended(self.waited)
@@ -362,7 +367,7 @@ class Story:
 
     @contextmanager
     def talk(self, request_id: str, text: str) -> Iterator[int]:
-        """A message whose reply is not read; the reply's id."""
+        """Sends a message without reading its reply; yields the id of the reply."""
         said = [{"role": "user", "content": text}]
         body = {"session_key": self.session["session_key"], "messages": said}
         headers = {**self.headers, "X-Request-ID": request_id}
@@ -370,28 +375,30 @@ class Story:
             yield int(response.headers["X-Message-Id"])
 
     def ended(self, turn: int) -> None:
-        """Returns once the log says so."""
+        """Waits until the log says that the turn has ended."""
         until(lambda: f"reply {turn} in session" in self.service.output(), 15, f"the end of turn {turn}")
 
     def lines(self) -> list[JSON]:
-        """The lines from the moment on that the app logs, tracebacks apart."""
+        """Returns the lines that the app logged, without tracebacks and without uvicorn's lines from before the
+        start."""
         lines = [line for line in self.service.output().split("\n") if line and not line.startswith(("    ", "INFO: "))]
         return [parsed(line) for line in lines]
 
     def about(self, **known: object) -> list[JSON]:
-        """The lines that say this."""
+        """Returns the lines with these fields."""
         return [line for line in self.lines() if known.items() <= line.items()]
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """A session at a service, in each form of the log."""
+    """A user's actions at a service, with each log format."""
     with ExitStack() as stack:
         yield Story(request.param, tmp_path_factory.mktemp("story"), stack)
 
 
 def test_no_line_tells_a_secret(story: Story) -> None:
-    """No password, token, signature or secret, no message, reply, description or content of a file is in any line."""
+    """No line contains a password, token, signature or secret, or the content of a message, reply, description or
+    file."""
     log = story.service.output()
     assert "POST /auth/login 401" in log and "GET /metrics 401" in log
     for secret in (
@@ -405,7 +412,8 @@ def test_no_line_tells_a_secret(story: Story) -> None:
 
 @pytest.mark.parametrize("request_id", ["whole", "streamed"])
 def test_a_chat_is_one_story(story: Story, request_id: str) -> None:
-    """Request, gateway and turn say the same request, user, session and turn, and so it is found by any of them."""
+    """All lines of one chat have the same request, user, session and turn, so that each of these ids finds all of
+    them."""
     turn = getattr(story, request_id)
     lines = story.about(request_id=request_id)
     known = {"user_id": story.user_id, "session_id": story.session["id"], "turn_id": turn}
@@ -419,8 +427,9 @@ def test_a_chat_is_one_story(story: Story, request_id: str) -> None:
 
 
 def test_a_turn_that_waited_has_no_request(story: Story) -> None:
-    """It begins when another ends, or in another process than it was sent to; its lines name user, session and turn,
-    and not the request of the turn before it, though the request that is read on has its own."""
+    """A queued turn begins when another one ends, or in another process than the one that received it. Its lines
+    name user, session and turn, but not the request of the turn before it. The request that reads its stream has its
+    own id."""
     for turn in (story.waited, story.behind):
         lines = [line for line in story.about(turn_id=turn) if line["logger"] != "clawd.app"]
         assert {line["logger"] for line in lines} == {"clawd.gateway", "clawd.turns"}
@@ -452,16 +461,16 @@ def test_a_turn_that_waited_has_no_request(story: Story) -> None:
     ],
 )
 def test_a_requests_line_says_whose_it_is(story: Story, request_id: str, known: set[str]) -> None:
-    """User, session and turn stand on the line of the request where they are known, also where it failed."""
+    """The line of a request, also of a failed one, names user, session and turn if they are known."""
     (line,) = [line for line in story.about(request_id=request_id) if line["logger"] == "clawd.app"]
-    told = {name: line[name] for name in ("user_id", "session_id", "turn_id") if name in line}
-    assert set(told) == known
-    assert told.get("user_id", story.user_id) == story.user_id
-    assert told.get("session_id", story.session["id"]) == story.session["id"]
+    found = {name: line[name] for name in ("user_id", "session_id", "turn_id") if name in line}
+    assert set(found) == known
+    assert found.get("user_id", story.user_id) == story.user_id
+    assert found.get("session_id", story.session["id"]) == story.session["id"]
 
 
 def test_uvicorn_says_once_that_it_serves(story: Story) -> None:
-    """Its lines are in the form of ours from the app's start on, and not twice."""
+    """uvicorn's lines have the app's format from the app's start on, and are not repeated."""
     starts = [line for line in story.lines() if line["message"].startswith("clawd-backend ")]
     complete = [line for line in story.lines() if line["message"] == "Application startup complete."]
     assert len(starts) == len(complete) == 2
@@ -469,7 +478,7 @@ def test_uvicorn_says_once_that_it_serves(story: Story) -> None:
 
 
 def test_what_was_known_of_a_request_is_not_said_of_the_next(served: Served, log: Log) -> None:
-    """Two requests in one packet of a connection, the first one's with a token: the second's line names nobody."""
+    """Two requests arrive in one packet, only the first with a token: the line of the second must not name the user."""
     with served.person() as ada, socket.create_connection(("127.0.0.1", served.port)) as client:
         log.start("json")
         first = f"GET /auth/me HTTP/1.1\r\nHost: x\r\nX-Request-ID: one\r\nAuthorization: Bearer {ada.token}\r\n\r\n"
@@ -480,7 +489,7 @@ def test_what_was_known_of_a_request_is_not_said_of_the_next(served: Served, log
 
 
 def test_a_failure_of_the_database_says_whose_it_was(served: Served, ada: Person, log: Log) -> None:
-    """Also where a thread of the database met it: the one that writes, and those for large reads."""
+    """This also holds for failures in a thread of the database: the writer, and the threads for large reads."""
     session = ada.session()
     with closing(sqlite3.connect(served.settings.db_path)) as conn:
         conn.execute("ALTER TABLE messages RENAME TO elsewhere")
@@ -490,14 +499,15 @@ def test_a_failure_of_the_database_says_whose_it_was(served: Served, ada: Person
     read = ada.http.get(f"/sessions/{session['id']}/messages", headers={"X-Request-ID": "read"})
     assert (written.status_code, read.status_code) == (503, 503)
     failures = [line for line in map(json.loads, log.lines()) if line["message"] == "database operation failed"]
-    told = {line.get("request_id"): (line.get("user_id"), line.get("session_id")) for line in failures}
+    ids = {line.get("request_id"): (line.get("user_id"), line.get("session_id")) for line in failures}
     user_id = ada.http.get("/auth/me").json()["id"]
-    assert told["written"] == (user_id, None)
-    assert told["read"] == (user_id, session["id"])
+    assert ids["written"] == (user_id, None)
+    assert ids["read"] == (user_id, session["id"])
 
 
 def test_a_commit_that_fails_says_whose_it_was(tmp_path: Path, log: Log) -> None:
-    """Where it was of one job; that of several, committed together, is nobody's own."""
+    """The failed commit of a single job has the id of its request; that of several jobs, committed together, has
+    none."""
     begun, go_on = threading.Event(), threading.Event()
 
     def orphan(conn: sqlite3.Connection) -> None:
@@ -536,7 +546,7 @@ def test_a_commit_that_fails_says_whose_it_was(tmp_path: Path, log: Log) -> None
 
 
 def test_a_turns_line_says_when_its_text_began(served: Served, ada: Person, log: Log) -> None:
-    """The seconds to the first text beside those to the end; none where no text came."""
+    """The line has the seconds to the first text in addition to those to the end, but only if there was text."""
     session = ada.session()
     log.start("plain")
     ada.say(session, "[[first=0.2 chunks=3 delay=0.1]]")
@@ -551,7 +561,7 @@ def test_a_turns_line_says_when_its_text_began(served: Served, ada: Person, log:
 
 
 def figures(served: Served | Service, **headers: str) -> dict[str, float]:
-    """The metrics as a scrape gets them: `name{label="value",…}` → value."""
+    """Scrapes the metrics: `name{label="value",…}` → value."""
     response = httpx.get(f"{served.url}/metrics", headers=headers, timeout=60, trust_env=False)
     assert response.status_code == 200, response.text
     assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -565,12 +575,12 @@ def figures(served: Served | Service, **headers: str) -> dict[str, float]:
 
 
 def requests_of(method: str, route: str, status: int) -> str:
-    """The name of the count of such requests."""
+    """Returns the name of the counter of such requests."""
     return f'clawd_requests_total{{method="{method}",route="{route}",status="{status}"}}'
 
 
 def test_requests_are_counted_by_route_and_status(served: Served, ada: Person) -> None:
-    """By the template of the route, whatever it is called with and however it ends."""
+    """Requests are counted by the template of their route, also with invalid ids, and by status."""
     before = figures(served)
     project = ada.project()
     for number in (project["id"], 999_998, 999_999):
@@ -594,7 +604,7 @@ def test_requests_are_counted_by_route_and_status(served: Served, ada: Person) -
 
 
 def test_made_up_addresses_make_no_series(served: Served) -> None:
-    """A stranger who asks for a thousand things adds one series at most for each method and status."""
+    """A thousand made-up addresses add at most one series per method and status."""
     figures(served)
     before = set(figures(served))
     with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as http:
@@ -612,7 +622,8 @@ def test_made_up_addresses_make_no_series(served: Served) -> None:
 
 
 def test_turns_are_counted_by_their_end(served: Served, ada: Person) -> None:
-    """Each turn once, by its final status, with those that a stop drops in line; running and waiting meanwhile."""
+    """Each turn is counted once by its final status, including queued turns that a stop drops. Running and queued turns
+    are shown meanwhile."""
     session = ada.session()
     counts = {name: value for name, value in figures(served).items() if name.startswith("clawd_turns")}
     assert counts == {
@@ -646,7 +657,7 @@ def test_turns_are_counted_by_their_end(served: Served, ada: Person) -> None:
 
 
 def test_the_first_token_is_timed(served: Served, ada: Person) -> None:
-    """From the turn's start at the gateway to its first text, once a reply; a reply without text is not counted."""
+    """The time runs from the request to the gateway to the first text. A reply without text is not counted."""
     session = ada.session()
     ada.say(session, "[[first=0.3 chunks=3 delay=0.5]]")
     ada.say(session, "[[end=empty]]", stream=True)
@@ -659,7 +670,7 @@ def test_the_first_token_is_timed(served: Served, ada: Person) -> None:
 
 
 def test_the_gateway_is_up_or_not(served: Served, openclaw: StandIn) -> None:
-    """As the last look found it."""
+    """The gauge shows the result of the last check."""
     httpx.get(f"{served.url}/health/ready", trust_env=False)
     assert figures(served)["clawd_gateway_up"] == 1
     openclaw.stop()
@@ -668,7 +679,7 @@ def test_the_gateway_is_up_or_not(served: Served, openclaw: StandIn) -> None:
 
 
 def test_writes_are_counted_and_timed(served: Served, ada: Person) -> None:
-    """Every transaction that wrote, and the seconds it took."""
+    """Every write transaction is counted, with its seconds."""
     before = figures(served)
     ada.project()
     after = figures(served)
@@ -677,16 +688,16 @@ def test_writes_are_counted_and_timed(served: Served, ada: Person) -> None:
 
 
 def test_metrics_say_which_code_runs(served: Served) -> None:
-    """The version, branch and commit that health says, and the process's own figures."""
+    """The version, branch and commit are those of `/health`, and the process's own metrics are included."""
     health = httpx.get(f"{served.url}/health", trust_env=False).json()
-    told = ",".join(f'{name}="{health[name]}"' for name in ("branch", "commit", "version"))
+    labels = ",".join(f'{name}="{health[name]}"' for name in ("branch", "commit", "version"))
     now = figures(served)
-    assert now[f"clawd_build_info{{{told}}}"] == 1
+    assert now[f"clawd_build_info{{{labels}}}"] == 1
     assert now["process_resident_memory_bytes"] > 1e6
 
 
 def test_each_app_counts_for_itself(served: Served, tmp_path: Path, openclaw: StandIn) -> None:
-    """Two apps in one process do not add up."""
+    """Two apps in one process do not add to each other's counters."""
     (tmp_path / "other").mkdir()
     with Served(make_settings(tmp_path / "other", openclaw)) as other:
         httpx.get(f"{other.url}/nowhere", trust_env=False)
@@ -695,7 +706,8 @@ def test_each_app_counts_for_itself(served: Served, tmp_path: Path, openclaw: St
 
 
 def test_metrics_outlive_the_database_and_the_gateway(serve: Serve, openclaw: StandIn) -> None:
-    """With both of them broken there are metrics still, without the turns that the database would know of."""
+    """Metrics are returned while database and gateway are broken, without the numbers of turns, which are in the
+    database."""
     shown = serve()
     openclaw.stop()
     assert "clawd_turns_running" in figures(shown)
@@ -717,8 +729,8 @@ BEHIND_A_PROXY = (
 
 @pytest.mark.parametrize("headers", BEHIND_A_PROXY, ids=str)
 def test_a_proxy_on_this_machine_does_not_open_the_metrics(serve: Serve, headers: dict[str, str]) -> None:
-    """What it passes on comes from 127.0.0.1 and needs the token like any, whatever the caller says of himself,
-    and whatever uvicorn, which trusts such a proxy, makes of that."""
+    """A request that a proxy on the same machine forwards comes from 127.0.0.1, but needs the token. Headers of the
+    caller do not change that, nor does uvicorn, which trusts such a proxy."""
     shown = serve(metrics_token=SecretStr(TOKEN))
     refused = httpx.get(f"{shown.url}/metrics", headers=headers, trust_env=False)
     assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
@@ -737,7 +749,7 @@ def test_a_proxy_on_this_machine_does_not_open_the_metrics(serve: Serve, headers
 )
 @pytest.mark.parametrize("token", [TOKEN, None])
 def test_a_wrong_token_opens_nothing(serve: Serve, sent: bytes, token: str | None) -> None:
-    """401, in the contract's shape, also where there is no token at all, and for bytes that are no text."""
+    """The answer is a 401 of the usual shape, also if no token is set, and for bytes that are not ASCII."""
     shown = serve(metrics_token=token and SecretStr(token))
     headers = [(b"X-Forwarded-For", b"8.8.8.8"), (b"Authorization", sent)]
     refused = httpx.get(f"{shown.url}/metrics", headers=headers, trust_env=False)
@@ -754,13 +766,13 @@ def test_a_wrong_token_opens_nothing(serve: Serve, sent: bytes, token: str | Non
     ],
 )
 def test_this_machine_is_told_by_the_connection(host: str | None, local: bool) -> None:
-    """Loopback addresses of either family, and nothing that only looks like one."""
+    """Loopback addresses of IPv4 and IPv6 are local; addresses that only look like them are not."""
     scope: JSON = {"type": "http", "headers": [], "client": None if host is None else (host, 1)}
     assert health._is_local(Request(scope)) is local
 
 
 def test_a_scrape_is_silent(serve: Serve, log: Log) -> None:
-    """Every fifteen seconds is too often for a line at INFO; one that is refused is told."""
+    """A scrape every 15 seconds must not fill the log at INFO. A refused one is logged."""
     shown = serve(metrics_token=SecretStr(TOKEN))
     log.start("plain", level="INFO")
     for _ in range(3):

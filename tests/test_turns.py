@@ -1,4 +1,4 @@
-"""A turn survives anything: cuts, slow readers, stops, failures, two processes, restarts and kill -9."""
+"""Turns under cut connections, slow readers, stops, gateway failures, two processes, restarts and kill -9."""
 
 import hashlib
 import random
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+import sql
 
 from .proxy import IdleProxy
 from .service import JSON, Answer, Person, Served, Service, Stream, until
@@ -29,7 +31,7 @@ def pair(tmp_path: Path, openclaw: StandIn) -> Iterator[tuple[Service, Service]]
 
 
 def at_once(count: int, work: Callable[[int], Answer]) -> list[Answer]:
-    """What `count` threads bring back that begin `work(number)` at the same moment."""
+    """Calls `work(number)` in `count` threads at the same moment. Returns the results in the order of the numbers."""
     gate = threading.Barrier(count)
 
     def run(number: int) -> Answer:
@@ -44,7 +46,7 @@ def at_once(count: int, work: Callable[[int], Answer]) -> list[Answer]:
 
 
 class CuttingReader:
-    """A client whose connection breaks after so many bytes, and who goes on from the last whole frame."""
+    """A client whose connection breaks after a random number of bytes. It resumes after the last complete frame."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -54,7 +56,7 @@ class CuttingReader:
         self.message_id = 0
 
     def read(self, response: httpx.Response, most: int | None) -> None:
-        """Reads a stream to its end, or `most` bytes of it."""
+        """Reads a stream to its end, or at most `most` bytes of it."""
         stream, received = Stream(response), b""
         for piece in response.iter_raw():
             received += piece
@@ -69,7 +71,7 @@ class CuttingReader:
         self.done = stream.done
 
     def cut_at(self) -> int:
-        """Where the next cut falls, in bytes."""
+        """Returns the number of bytes after which the next connection breaks."""
         return self._random.randrange(1, 2500)
 
 
@@ -97,8 +99,8 @@ def _sha(text: str) -> str:
 
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_replies_cut_five_times_are_whole(pair: tuple[Service, Service], count: int) -> None:
-    """200 replies, each cut five times at random bytes and resumed, every fifth through a second process too, are
-    byte for byte what the gateway sent."""
+    """Replies that are each cut five times at random bytes and resumed equal the gateway's text. Every fifth one is
+    resumed through a second process too."""
     one, two = pair
     with one.person() as person, ThreadPoolExecutor(16) as pool:
         project = person.project()
@@ -110,7 +112,7 @@ def test_replies_cut_five_times_are_whole(pair: tuple[Service, Service], count: 
 
 
 def test_two_tabs_and_a_latecomer_read_the_same(ada: Person) -> None:
-    """Readers of a running reply, from the start or from anywhere, get every character once and in order."""
+    """Readers of a running reply, from the start or from an offset, get every character once and in order."""
     session = ada.session()
     text = "[[chunks=100 size=7 delay=0.005]]"
     with ada.listen(session, text) as (response, first):
@@ -130,7 +132,7 @@ def _rest(person: Person, session: JSON, message_id: int, after: int | None) -> 
 
 
 def test_frame_ids_count_characters(ada: Person) -> None:
-    """A frame's id is the number of code points so far, whatever they weigh in bytes."""
+    """A frame's id is the number of code points so far, not of bytes."""
     with ada.listen(ada.session(), "[[chunks=20 size=9 delay=0.01]]") as (_, stream):
         stream.read()
     lengths, total = [], 0
@@ -141,7 +143,7 @@ def test_frame_ids_count_characters(ada: Person) -> None:
 
 
 def test_a_reader_who_does_not_read_slows_nobody(ada: Person) -> None:
-    """Beside a client that reads nothing, a large reply is finished and read by others."""
+    """A client that reads nothing does not keep a large reply from being completed and read by others."""
     session = ada.session()
     with ada.listen(session, "[[big=5000000]]") as (response, _):
         message_id = int(response.headers["X-Message-Id"])
@@ -151,7 +153,7 @@ def test_a_reader_who_does_not_read_slows_nobody(ada: Person) -> None:
 
 
 def test_a_closed_tab_changes_nothing(ada: Person, openclaw: StandIn) -> None:
-    """A client that leaves after the first frame finds the whole reply in the messages, and no run aborted."""
+    """If a client disconnects after the first frame, the run is not aborted and the whole reply is stored."""
     session, text = ada.session(), "[[chunks=50 size=5 delay=0.01]]"
     with ada.listen(session, text) as (_, stream):
         stream.read(to_first_text=True)
@@ -161,7 +163,7 @@ def test_a_closed_tab_changes_nothing(ada: Person, openclaw: StandIn) -> None:
 
 
 def test_frames_are_stored_within_a_quarter_second(tmp_path: Path, pair: tuple[Service, Service]) -> None:
-    """What a frame brought can be read by another process 250 ms later, give or take this machine."""
+    """Another process can read the text of a frame within 250 ms (the median), and within 1 s in the worst case."""
     behind: list[float] = []
     with ExitStack() as stack:
         person = stack.enter_context(pair[0].person())
@@ -181,14 +183,14 @@ def test_frames_are_stored_within_a_quarter_second(tmp_path: Path, pair: tuple[S
 
 
 def _stored(conn: sqlite3.Connection, message_id: int) -> int:
-    return len(conn.execute("SELECT content FROM messages WHERE id = ?", (message_id,)).fetchone()[0])
+    return len("".join(sql.read_text(conn, message_id)))
 
 
 # --- order --------------------------------------------------------------------------------------------
 
 
 def test_sends_run_in_order_and_the_twelfth_is_refused(ada: Person, openclaw: StandIn) -> None:
-    """One turn runs and ten wait, in order; one more is refused with a time to come again."""
+    """One turn runs and ten are queued in order; the next message is refused with `Retry-After`."""
     session, answers = ada.session(), []
     with ThreadPoolExecutor(11) as pool:
         for number in range(11):
@@ -222,11 +224,11 @@ def test_sessions_do_not_wait_for_each_other(ada: Person) -> None:
         assert ada.say(ada.session(project), "Hello").status_code == 200
 
 
-# --- never doubled ------------------------------------------------------------------------------------
+# --- idempotency ---------------------------------------------------------------------------------------
 
 
 def test_twenty_sends_with_one_key_are_one_turn(pair: tuple[Service, Service], openclaw: StandIn) -> None:
-    """20 sends at the same instant with one key, in two processes: one request at the gateway, 20 equal answers."""
+    """20 concurrent sends with one key, to two processes, cause one request to the gateway and get equal answers."""
     with pair[0].person() as one, one.at(pair[1].url) as two:
         session, text = one.session(), "[[chunks=30 size=5 delay=0.01]]"
         answers = at_once(20, lambda number: (one, two)[number % 2].say(session, text, key="k", stream=number % 4 > 1))
@@ -238,8 +240,8 @@ def test_twenty_sends_with_one_key_are_one_turn(pair: tuple[Service, Service], o
 
 
 def test_a_key_holds_after_a_restart(tmp_path: Path, openclaw: StandIn) -> None:
-    """The same key after a restart brings the stored reply; with another message it is refused; in another session
-    it is another key."""
+    """After a restart, a key returns the stored reply, and is refused with another message. In another session, it
+    begins a new turn."""
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
         session = person.session()
         first = person.say(session, "Hello", key="k")
@@ -253,7 +255,7 @@ def test_a_key_holds_after_a_restart(tmp_path: Path, openclaw: StandIn) -> None:
 
 
 def test_a_failed_turn_is_not_tried_again_by_its_key(ada: Person, openclaw: StandIn) -> None:
-    """The first answer to a key is its answer, a failure too; a new key is a new try."""
+    """A key returns its first answer again, even if that is a failure. A new key begins a new turn."""
     session = ada.session()
     answers = [ada.say(session, "[[status=500]]", key=key) for key in ("a", "a", "b")]
     assert [answer.code for answer in answers] == ["gateway_error"] * 3
@@ -265,8 +267,8 @@ def test_a_failed_turn_is_not_tried_again_by_its_key(ada: Person, openclaw: Stan
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_stop_ends_the_run_and_drops_what_waits(pair: tuple[Service, Service], openclaw: StandIn, process: int) -> None:
-    """A stop, at this process or the other, aborts the agent's run within a second, keeps what came, drops the
-    waiting turns, and the session goes on."""
+    """A stop, through either process, aborts the agent's run within a second, keeps the text so far, and drops the
+    queued turns. The session accepts the next message."""
     with pair[0].person() as person, person.at(pair[process].url) as elsewhere, ThreadPoolExecutor(2) as pool:
         session = person.session()
         with person.listen(session, SLOW) as (_, stream):
@@ -293,26 +295,26 @@ def test_stop_ends_the_run_and_drops_what_waits(pair: tuple[Service, Service], o
 
 @pytest.mark.slow
 def test_long_silence_gets_through_a_proxy_that_cuts_it(serve: Callable[..., Served]) -> None:
-    """Ten minutes of an agent's silence through a proxy that cuts after 30 s without a byte, here a hundred times
-    as fast: comments keep the connection, and the reply is delivered."""
+    """An agent's silence of ten minutes behind a proxy that cuts connections after 30 s without a byte, run a hundred
+    times faster: comments keep the connection open, and the reply is delivered."""
     served = serve(ping_seconds=0.15)
     with served.person() as person, IdleProxy(served.port, idle=0.3) as proxy, person.at(proxy.url) as behind:
         with behind.listen(person.session(), "[[first=6 chunks=3]]") as (_, stream):
             stream.read()
         assert (stream.text, stream.done) == (reply_text("[[first=6 chunks=3]]"), True)
         assert stream.comments > 20
-        with pytest.raises(httpx.TransportError):  # what is silent itself does not get through
+        with pytest.raises(httpx.TransportError):  # a response without comments is cut
             behind.say(person.session(), "[[first=2]]")
 
 
 def test_the_stream_begins_at_once_while_the_agent_is_silent(ada: Person) -> None:
-    """A response begins with a comment where there is no text yet."""
+    """A response begins with a comment if there is no text yet."""
     with ada.listen(ada.session(), "[[first=3 chunks=2]]") as (response, stream):
         assert next(response.iter_raw()) == b": ping\n\n"
         del stream
 
 
-# --- failures, told apart -----------------------------------------------------------------------------
+# --- failures of the gateway ---------------------------------------------------------------------------
 
 FAILURES = [
     ("[[status=400]]", 502, "gateway_error", False),
@@ -345,10 +347,9 @@ CUT_SHORT = [
 def test_a_failure_before_any_text_is_a_status(
     serve: Callable[..., Served], text: str, status: int, code: str, retryable: bool, stream: bool
 ) -> None:
-    """Each failure has its status, code and `retryable`; no text is made up for it; streamed, it is the same."""
-    served = serve(
-        clawdbot_timeout=0.3 if code == "gateway_timeout" else 30
-    )  # silence ends before the first byte is due
+    """Each failure has its own status, code and `retryable`, and an empty text, with and without `stream`."""
+    # The gateway's timeout must expire before FIRST_BYTE, or the response would begin before the failure.
+    served = serve(clawdbot_timeout=0.3 if code == "gateway_timeout" else 30)
     with served.person() as person:
         session = person.session()
         answer = person.say(session, text, stream=stream)
@@ -364,7 +365,7 @@ def test_a_failure_before_any_text_is_a_status(
 def test_a_failure_after_text_is_a_frame(
     serve: Callable[..., Served], end: str, code: str, retryable: bool, split: int
 ) -> None:
-    """What came before a failure stays, streamed and stored; the failure is a frame of its own and never text."""
+    """Text that arrived before a failure is streamed and stored; the failure is a separate frame and never text."""
     served = serve(clawdbot_timeout=0.5)
     text = f"[[chunks=9 size=7 end={end} split={split}]]"
     with served.person() as person:
@@ -381,9 +382,9 @@ def test_a_failure_after_text_is_a_frame(
         assert (answer.code, answer.message_id) == (code, reply["id"] + 2)
 
 
-def test_a_gateway_that_is_down_is_told_and_tried_twice(ada: Person, openclaw: StandIn) -> None:
-    """A refused connection is tried once more, since nothing can have reached the agent; then it is an error that
-    says what to do, and may be sent again."""
+def test_a_gateway_that_is_down_is_tried_twice(ada: Person, openclaw: StandIn) -> None:
+    """A refused connection is retried once, since the message cannot have reached the agent. If it is refused again,
+    the turn fails with a retryable error that says what to do."""
     session, port = ada.session(), openclaw.port
     openclaw.stop()
     answer = ada.say(session, "Hello")
@@ -398,7 +399,7 @@ def test_a_gateway_that_is_down_is_told_and_tried_twice(ada: Person, openclaw: S
 
 @pytest.mark.parametrize("end", ["empty", "blank"])
 def test_no_response_is_an_empty_reply(ada: Person, end: str) -> None:
-    """The gateway's words for saying nothing are no reply's text, streamed or not."""
+    """The gateway's placeholder for an empty reply is not stored or sent as text, streamed or not."""
     session = ada.session()
     answer = ada.say(session, f"[[end={end}]]")
     assert '"status":"empty"' in answer.body
@@ -408,14 +409,14 @@ def test_no_response_is_an_empty_reply(ada: Person, end: str) -> None:
 
 @pytest.mark.parametrize("how", ["split=1", "split=3 crlf=1", "comments=1", "end=surrogates", "crlf=1 comments=1"])
 def test_however_the_bytes_come_the_text_is_the_same(ada: Person, how: str) -> None:
-    """Frames cut within a character, other line ends, comments, and characters in two halves change no text."""
+    """The text is the same with frames cut inside a character, CRLF, comments, and split surrogate pairs."""
     session, text = ada.session(), f"[[chunks=12 size=9 {how}]]"
     assert ada.say(session, text, stream=True).text == reply_text(text)
     assert ada.messages(session)[1]["content"] == reply_text(text)
 
 
 def test_a_frame_of_five_megabytes_is_delivered(ada: Person) -> None:
-    """A single huge frame is text like any other."""
+    """A frame of 5 MB from the gateway is delivered and stored completely."""
     session, text = ada.session(), "[[big=5000000]]"
     assert ada.say(session, text, stream=True).text == reply_text(text)
     assert ada.messages(session)[1]["content"] == reply_text(text)
@@ -425,7 +426,7 @@ def test_a_frame_of_five_megabytes_is_delivered(ada: Person) -> None:
 
 
 def test_a_process_that_ends_in_order_finishes_its_turns(tmp_path: Path, openclaw: StandIn) -> None:
-    """Within DRAIN_SECONDS a running turn is finished and stored."""
+    """On SIGTERM, a turn that ends within DRAIN_SECONDS is completed and stored."""
     text = "[[chunks=50 size=5 delay=0.02]]"
     with Service(tmp_path, openclaw.url, openclaw.token, DRAIN_SECONDS="20") as service, service.person() as person:
         session = person.session()
@@ -438,8 +439,8 @@ def test_a_process_that_ends_in_order_finishes_its_turns(tmp_path: Path, opencla
 
 
 def test_a_turn_past_the_drain_is_interrupted_with_its_text(tmp_path: Path, openclaw: StandIn) -> None:
-    """What is not finished in time ends as `interrupted`, keeps all text, and says so to its readers; what waited
-    is taken up by the next process."""
+    """A turn that runs longer than DRAIN_SECONDS ends as `interrupted`, keeps its text, and its readers receive that
+    error. The next process runs the queued turn."""
     with Service(tmp_path, openclaw.url, openclaw.token, DRAIN_SECONDS="0.1") as service, service.person() as person:
         session = person.session()
         with person.listen(session, SLOW) as (_, stream), ThreadPoolExecutor(1) as pool:
@@ -451,7 +452,7 @@ def test_a_turn_past_the_drain_is_interrupted_with_its_text(tmp_path: Path, open
         assert (refused.status_code, refused.code) == (503, "interrupted")
         service.start()
         assert refused.message_id == person.messages(session)[3]["id"]
-        until(lambda: person.reply(session, "complete"), 15, "the waiting turn to be taken up")
+        until(lambda: person.reply(session, "complete"), 15, "the queued turn to be completed")
         reply = person.messages(session)[1]
     assert (reply["status"], reply["error"]["code"]) == ("interrupted", "interrupted")
     assert "Traceback" not in service.output()
@@ -467,13 +468,13 @@ def _say_and_lose(person: Person, session: JSON, text: str) -> None:
 
 
 def test_a_reply_that_the_gateway_finished_is_recovered(tmp_path: Path, openclaw: StandIn) -> None:
-    """A reply whose end we did not get to store is filled from the gateway's history: complete, not interrupted."""
+    """A reply whose end was not stored before a crash is completed from the gateway's history."""
     text = "[[chunks=40 size=5 delay=0.02]]"
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
         session = person.session()
         with person.listen(session, text) as (_, stream):
             stream.read(to_first_text=True)
-            time.sleep(0.3)  # let some of it, and the run's id, be stored
+            time.sleep(0.3)  # until some text and the run id are stored
             service.freeze()
             until(lambda: openclaw.completed, 10, "the gateway to finish")
             service.kill()
@@ -484,13 +485,13 @@ def test_a_reply_that_the_gateway_finished_is_recovered(tmp_path: Path, openclaw
 
 
 def test_the_history_of_another_message_is_not_taken(tmp_path: Path, openclaw: StandIn) -> None:
-    """The same words sent twice, the second time without reaching the agent, do not get the first one's reply."""
+    """If a text is sent again and does not reach the agent, the reply to the first message is not used for it."""
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
         session = person.session()
         person.say(session, "continue")
         port = openclaw.port
         openclaw.stop()
-        hole = IdleProxy(1, idle=30, port=port)  # takes the connection and gives nothing
+        hole = IdleProxy(1, idle=30, port=port)  # accepts connections and never answers
         with hole, ThreadPoolExecutor(1) as pool:
             lost = pool.submit(_say_and_lose, person, session, "continue")
             until(lambda: len(person.messages(session)) == 4, 5, "the message to be stored")
@@ -504,8 +505,8 @@ def test_the_history_of_another_message_is_not_taken(tmp_path: Path, openclaw: S
 
 @pytest.mark.slow
 def test_the_other_process_ends_what_a_dead_one_left(pair: tuple[Service, Service]) -> None:
-    """After kill -9 the living process marks the turn as interrupted, takes up what waited, and never touches a
-    turn that is alive, however long its process was frozen."""
+    """After kill -9 the other process ends the turn as interrupted and runs the queued one. As long as the first
+    process is only frozen, the other one does not touch its turns."""
     one, two = pair
     with one.person() as person, person.at(two.url) as elsewhere, ThreadPoolExecutor(1) as pool:
         session, other = person.session(), person.session()
@@ -514,11 +515,11 @@ def test_the_other_process_ends_what_a_dead_one_left(pair: tuple[Service, Servic
             lost = pool.submit(_say_and_lose, person, session, "waiting")
             until(lambda: len(elsewhere.messages(session)) == 4, 5, "the second message to wait")
             one.freeze()
-            time.sleep(5)  # longer than it takes to look for the dead
+            time.sleep(5)  # longer than REAP_EVERY
             assert elsewhere.messages(session)[1]["status"] == "streaming"
             one.kill()
             lost.result()
-            until(lambda: elsewhere.reply(session, "complete"), 15, "the waiting turn to be taken up")
+            until(lambda: elsewhere.reply(session, "complete"), 15, "the queued turn to be completed")
             assert elsewhere.messages(session)[1]["status"] == "interrupted"
             alive.read()
         assert (alive.text, alive.finish) == (reply_text(SLOW), "stop")
@@ -526,7 +527,8 @@ def test_the_other_process_ends_what_a_dead_one_left(pair: tuple[Service, Servic
 
 @contextmanager
 def _under_load(person: Person, sessions: list[JSON], sent: list[tuple[str, int]]) -> Iterator[None]:
-    """People send, with a key each, until the block ends; `sent` collects what was acknowledged, by whom."""
+    """Sends messages to each session, each with its own key, until the block ends. `sent` collects the text and the
+    reply's id of each message that was acknowledged."""
     over = threading.Event()
 
     def send(session: JSON) -> None:
@@ -552,8 +554,8 @@ def _under_load(person: Person, sessions: list[JSON], sent: list[tuple[str, int]
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_fifty_kills_lose_and_double_nothing(tmp_path: Path, openclaw: StandIn, kills: int) -> None:
-    """50 kill -9 while six sessions reply: no acknowledged message is lost, none is doubled, every turn is final
-    within 15 s of the next start, and every text is a prefix of what the gateway sent."""
+    """With repeated kill -9 while six sessions reply, no acknowledged message is lost or doubled, every turn is final
+    within 15 s of the next start, and every text is a prefix of the gateway's."""
     sent: list[tuple[str, int]] = []
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
         project = person.project()
@@ -597,7 +599,7 @@ def _check_rows(rows: list[JSON], sent: list[tuple[str, int]]) -> None:
 def test_deleting_stops_what_runs_and_removes_it_everywhere(
     ada: Person, served: Served, openclaw: StandIn, what: str
 ) -> None:
-    """A delete aborts the agent's run, and then rows, images, folder and the gateway's session are gone."""
+    """A delete aborts the agent's run and removes images, project folder and the gateway's session."""
     project = ada.project()
     session = ada.session(project)
     ada.say(session, "a picture", image=PNG)
@@ -626,8 +628,8 @@ def _delete(person: Person, what: str, project: JSON, session: JSON) -> None:
 
 
 def test_a_delete_in_another_process_stops_a_silent_agent(pair: tuple[Service, Service], openclaw: StandIn) -> None:
-    """The process that runs a turn sees that its row is gone, though nothing arrives from the agent, and aborts the
-    agent's run; its readers are told."""
+    """The process that runs a turn notices that another process deleted its row, even while the agent is silent. It
+    aborts the agent's run and ends the streams of its readers as `stopped`."""
     one, other = pair
     with one.person() as ada, ada.at(other.url) as elsewhere:
         session = ada.session()
@@ -641,7 +643,8 @@ def test_a_delete_in_another_process_stops_a_silent_agent(pair: tuple[Service, S
 
 
 def test_a_delete_does_not_wait_for_a_gateway_that_is_down(tmp_path: Path, openclaw: StandIn) -> None:
-    """With the gateway down a delete answers, and is made good when the gateway is back, after a restart too."""
+    """While the gateway is down, a delete succeeds. The gateway's session is deleted when it is up again, also after
+    a restart of the service."""
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
         session = person.session()
         person.say(session, "Hello")
@@ -654,14 +657,14 @@ def test_a_delete_does_not_wait_for_a_gateway_that_is_down(tmp_path: Path, openc
 
 
 def test_a_process_that_dies_in_a_delete_leaves_it_to_others(tmp_path: Path, openclaw: StandIn) -> None:
-    """A job that a dead process had taken is done by the next one."""
+    """A job that a dead process had claimed is completed by the next process."""
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person, ExitStack() as stack:
         session = person.session()
         port = openclaw.port
         openclaw.stop()
         hole = stack.enter_context(IdleProxy(1, idle=30, port=port))
         person.delete(f"/sessions/{session['id']}")
-        until(lambda: hole.connections, 5, "the process to be about its job")
+        until(lambda: hole.connections, 5, "the process to run its job")
         service.kill()
         stack.close()
         openclaw.start()

@@ -1,5 +1,8 @@
-"""Processes that write to a database until they are killed: each line of input, `<database> <name> <file>`, forks one,
-whose pid is the answer. A fork has everything loaded already, so that a test can kill a thousand of them."""
+"""Forks processes that write to a database until they are killed.
+
+For each line of stdin, a database, a name and a file separated by tabs, it forks one process and prints its pid.
+Forking is fast because the modules are already loaded, so that a test can kill a thousand processes.
+"""
 
 import asyncio
 import itertools
@@ -14,12 +17,12 @@ import sql
 
 
 async def write(path: Path, name: str, acknowledged: Path, parent: int) -> None:
-    """Adds users, four at once; the file says how many commits were acknowledged."""
+    """Adds users, four at a time, and writes the number of acknowledged ones to the file `acknowledged`."""
     db = database.Database(path)
     db.open()
     with acknowledged.open("r+b") as file, mmap.mmap(file.fileno(), 8) as count:
         for number in itertools.count(step=4):
-            if os.getppid() != parent:  # the test is gone: nobody else would end this
+            if os.getppid() != parent:  # the test ended without killing this process
                 break
             users = [f"{name}-{number + one}@example.com" for one in range(4)]
             await asyncio.gather(*(db.write(sql.insert_user, user, None, "h") for user in users))
@@ -28,8 +31,8 @@ async def write(path: Path, name: str, acknowledged: Path, parent: int) -> None:
 
 
 def main() -> None:
-    """Forks writers until its input ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: they leave no zombies
+    """Forks writers until stdin ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # otherwise killed processes remain as zombies
     for line in sys.stdin:
         path, name, acknowledged = line.rstrip("\n").split("\t")
         parent, pid = os.getpid(), os.fork()

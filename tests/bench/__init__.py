@@ -1,1 +1,1 @@
-"""Measurements: they print the figures of the README, and assert nothing."""
+"""Benchmarks: they print tables of docs/reliability.md, and check nothing."""

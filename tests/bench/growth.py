@@ -1,6 +1,7 @@
-"""What a large database costs: each operation with 1,000 messages and with 1,000,000, and the adoption of such a file.
+"""Measures frequent operations with 1,000 and with 1,000,000 messages, and the migration of a legacy database.
 
-Prints tables of Markdown. The two databases are measured in turns, so that what else the machine does hits both.
+Prints the rows of "Database size in figures" in docs/reliability.md. Each operation runs on the two databases
+alternately, so that other load on the machine affects both.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ PROJECTS_OF_A_USER = 10
 
 
 async def fill(db: Database, sessions: int, messages: int) -> None:
-    """Users with 10 projects each, projects with 10 sessions each, sessions with so many messages each."""
+    """Adds users with 10 projects each, 10 sessions per project, and `messages` messages per session."""
 
     def insert(conn: Connection) -> None:
         at = clock.now()
@@ -51,26 +52,26 @@ async def fill(db: Database, sessions: int, messages: int) -> None:
 
 
 async def begin_and_end(db: Database) -> float:
-    """The seconds that the beginning of a turn takes; it is ended afterwards."""
+    """Begins a turn, ends it, and returns the seconds that the beginning took."""
     started = time.perf_counter()
     begun = await db.write(sql.begin_turn, sql.NewTurn(1, "key-1", "Hello", "Hello", "digest", None, "me"))
     took = time.perf_counter() - started
-    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None))
+    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None, None))
     return took
 
 
 async def store_text(db: Database) -> float:
-    """The seconds that storing the text of a running reply takes."""
+    """Begins a turn, stores a text of its reply, ends it, and returns the seconds that storing the text took."""
     begun = await db.write(sql.begin_turn, sql.NewTurn(1, "key-2", "Hello", "Hello", "digest", None, "me"))
     started = time.perf_counter()
-    await db.write(sql.update_replies, "me", [(begun.reply_id, "so far " * 100, "run")])
+    await db.write(sql.append_text, "me", begun.reply_id, 0, "so far " * 100, "run")
     took = time.perf_counter() - started
-    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None))
+    await db.write(sql.finish_turn, begun.reply_id, "me", sql.Ending("complete", "Hi", None, None, None, None))
     return took
 
 
 def reading(job: Callable[..., object], *arguments: object) -> Callable[[Database], Awaitable[float]]:
-    """The seconds that a reading job takes."""
+    """Returns an operation that measures a reading job, in seconds."""
 
     async def read(db: Database) -> float:
         started = time.perf_counter()
@@ -81,16 +82,16 @@ def reading(job: Callable[..., object], *arguments: object) -> Callable[[Databas
 
 
 OPERATIONS: dict[str, Callable[[Database], Awaitable[float]]] = {
-    "listing a user's 10 projects": reading(sql.select_projects, 1),
-    "listing a project's 10 sessions": reading(sql.select_sessions, 1, 1, False),
-    "the last 50 messages of a session": reading(sql.select_messages, 1, 3, 50, None),
-    "beginning a turn": begin_and_end,
-    "storing the text of a reply": store_text,
+    "list a user's 10 projects": reading(sql.select_projects, 1),
+    "list a project's 10 sessions": reading(sql.select_sessions, 1, 1, False),
+    "read the last 50 messages of a session": reading(sql.select_messages, 1, 3, 50, None),
+    "begin a turn": begin_and_end,
+    "store the text of a reply": store_text,
 }
 
 
 async def compare(directory: Path) -> None:
-    """Prints what each operation costs in a small and in a large database."""
+    """Prints a table with the median time of each operation in the small and in the large database."""
     small, large = Database(directory / "small.db"), Database(directory / "large.db")
     for db, sessions, messages in ((small, 20, 50), (large, 1000, 1000)):
         db.open()
@@ -105,17 +106,17 @@ async def compare(directory: Path) -> None:
 
 
 def adopt(directory: Path) -> None:
-    """Prints what the adoption of a database of old with 1,000,000 messages takes."""
+    """Prints how long the migration of a legacy database with 1,000,000 messages takes."""
     path = directory / "old.db"
     legacy.build(path, 1_000_000)
     started = time.perf_counter()
     sql.migrate(path)
     took = time.perf_counter() - started
-    sys.stdout.write(f"\nAdoption of {path.stat().st_size / 1e6:.0f} MB with 1,000,000 messages: {took:.1f} s\n")
+    sys.stdout.write(f"\nMigration of {path.stat().st_size / 1e6:.0f} MB with 1,000,000 messages: {took:.1f} s\n")
 
 
 def main() -> None:
-    """Prints the tables; progress goes to stderr."""
+    """Prints the results to stdout, and progress to stderr."""
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(compare(Path(directory)))

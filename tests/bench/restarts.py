@@ -1,6 +1,7 @@
-"""What clients notice of one `pm2 restart`: PM2's defaults with uvicorn, and this service as it is set up.
+"""Measures which failures clients see during one `pm2 restart` or `pm2 reload`: of this service, and of plain uvicorn.
 
-Prints a table of Markdown: failures of all requests made from five seconds before the command to ten after it.
+Prints the table of docs/reliability.md, section "Restarts in figures". It counts the requests from five seconds before
+the command until ten seconds after it, and the streams that run meanwhile to their end.
 """
 
 import sys
@@ -18,35 +19,36 @@ from tests.service import NO_TLS, Person, until
 from tests.stand_in import StandIn
 
 NAME = "clawd-backend"
+HEADINGS = ("set-up", "command", "failed requests", "failed on keep-alive", "streams cut", "available again after")
 TEXT = "[[chunks=250 delay=0.1]]"  # 25 s
 
 
-def start_as_set_up(pm2: PM2, checkout: Checkout) -> None:
-    """As the README says."""
+def start_as_documented(pm2: PM2, checkout: Checkout) -> None:
+    """Starts the service as docs/operate.md describes it."""
     pm2.do("start", "ecosystem.backend.json", "--only", NAME, cwd=checkout.path)
 
 
 def start_by_default(pm2: PM2, checkout: Checkout, *options: str) -> None:
-    """As one would without it."""
+    """Starts uvicorn with PM2's defaults."""
     command = ["-m", "uvicorn", "app:app", "--port", str(checkout.port), "--no-access-log"]
     name = ("--name", NAME, "--interpreter", "none", *options)
     pm2.do("start", str(checkout.path / "venv/bin/python"), *name, "--", *command, cwd=checkout.path)
 
 
-def start_patiently(pm2: PM2, checkout: Checkout) -> None:
-    """The same, with time for the streams to end."""
+def start_with_kill_timeout(pm2: PM2, checkout: Checkout) -> None:
+    """Starts uvicorn so that PM2 waits 30 s for its streams to end before it kills it."""
     start_by_default(pm2, checkout, "--kill-timeout", "30000")
 
 
 SET_UPS: dict[str, Callable[[PM2, Checkout], None]] = {
-    "uvicorn, PM2's defaults": start_by_default,
-    "the same, `kill_timeout` 30 s": start_patiently,
-    "`ecosystem.backend.json`": start_as_set_up,
+    "uvicorn with PM2's defaults": start_by_default,
+    "the same with `kill_timeout` 30 s": start_with_kill_timeout,
+    "`ecosystem.backend.json`": start_as_documented,
 }
 
 
 def measure(start: Callable[[PM2, Checkout], None], command: str, directory: Path) -> tuple[Load, float]:
-    """The load over one command, and the seconds until the command was back."""
+    """Runs one PM2 command under load. Returns the load and the seconds until the command returned."""
     (directory / "home").mkdir()
     with StandIn() as openclaw, PM2(directory / "home") as pm2:
         settings = {"CLAWDBOT_BASE_URL": openclaw.url, "CLAWDBOT_TOKEN": openclaw.token, "LOG_LEVEL": "WARNING"}
@@ -64,7 +66,7 @@ def measure(start: Callable[[PM2, Checkout], None], command: str, directory: Pat
                 took = time.monotonic() - started
                 time.sleep(10)
         pm2("delete", "all")
-        until(lambda: not checkout.workers(), 30, "the workers' end")
+        until(lambda: not checkout.workers(), 30, "the end of the workers")
     return load, took
 
 
@@ -80,9 +82,9 @@ def _cell(tally: Tally) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures each set-up with both commands and prints the table."""
     write = sys.stdout.write
-    write("| set-up | command | requests that failed | over a kept connection | streams cut | back after |\n")
+    write(f"| {' | '.join(HEADINGS)} |\n")
     write("|---|---|---|---|---|---|\n")
     for name, start in SET_UPS.items():
         for command in ("restart", "reload"):

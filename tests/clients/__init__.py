@@ -1,1 +1,1 @@
-"""The service as real client programs meet it."""
+"""Tests of the service with real client programs."""

@@ -1,4 +1,4 @@
-"""What the tests of clients share: the programs that run them."""
+"""Fixtures of the client tests: the programs that run the clients."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 def pytest_sessionstart() -> None:
-    """Without its programs the suite fails at once and says what to do; it is never skipped."""
+    """Fails the run if Node is not installed, and says how to install it. The tests are never skipped."""
     if "CLIENTS_NODE_BIN" not in os.environ:
         raise pytest.UsageError("CLIENTS_NODE_BIN is not set: run ./tests/run --clients, which installs Node")
 

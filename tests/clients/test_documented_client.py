@@ -1,4 +1,4 @@
-"""The client of docs/api.md is a program that works: it is run as it stands there."""
+"""Runs the client program in docs/api.md against the service, so that the document stays correct."""
 
 import re
 import subprocess
@@ -26,8 +26,8 @@ def run_client(node: Path, directory: Path, url: str, *texts: str) -> list[str]:
 
 
 def test_the_client_in_the_document_works(serve: Callable[..., Served], node: Path, tmp_path: Path) -> None:
-    """It streams a reply through a proxy that cuts the connection at every pause, resumes it, gets it whole, and
-    stops the next one."""
+    """The client streams a reply through a proxy that cuts the connection at every pause, resumes it each time, gets
+    the complete text, and stops the next reply."""
     text = "[[chunks=4 delay=4 seed=3]]"
     served = serve(ping_seconds=15)
     with IdleProxy(served.port, idle=2) as proxy:

@@ -1,1 +1,1 @@
-"""The service against the real OpenClaw gateway: nothing is replaced but the model behind it."""
+"""Tests of the service with a real OpenClaw gateway. Only the model behind the gateway is a stand-in."""

@@ -1,4 +1,4 @@
-"""What the tests share: one model provider, one gateway and one service for all that do not break them."""
+"""Fixtures of the tests with OpenClaw: a model provider, gateways and services, shared where no test stops them."""
 
 import signal
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ from .model_provider import ModelProvider
 
 
 def pytest_sessionstart() -> None:
-    """Without an OpenClaw the suite fails at once and says what to do; it is never skipped."""
+    """Fails the run if OpenClaw is not installed, and says how to install it. The tests are never skipped."""
     try:
         OpenClaw.of_environment()
     except LookupError as missing:
         raise pytest.UsageError(str(missing)) from None
-    # A CI job that is ended takes its gateways with it: like Ctrl-C, so that the fixtures clean up.
+    # A CI job that is stopped receives SIGTERM. As with Ctrl-C, the fixtures must then stop their gateways.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def openclaw() -> OpenClaw:
-    """The installed program."""
+    """The installed OpenClaw."""
     return OpenClaw.of_environment()
 
 
 @pytest.fixture(scope="session")
 def provider() -> Iterator[ModelProvider]:
-    """The model behind every gateway."""
+    """The model provider behind every gateway."""
     with ModelProvider() as provider:
         yield provider
 
@@ -51,7 +51,7 @@ def _mortal_gateway(
 
 @pytest.fixture
 def mortal_gateway(_mortal_gateway: Gateway) -> Gateway:
-    """A gateway that a test may stop; it runs again for the next one, however that test ended."""
+    """A running gateway that the test may stop. It is started again for the next test."""
     _mortal_gateway.start()
     return _mortal_gateway
 
@@ -60,7 +60,7 @@ def mortal_gateway(_mortal_gateway: Gateway) -> Gateway:
 def closed_gateway(
     openclaw: OpenClaw, provider: ModelProvider, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
-    """A gateway whose chat endpoint is off, as it is by default."""
+    """A gateway whose chat endpoint is disabled, which is OpenClaw's default."""
     home = tmp_path_factory.mktemp("closed_gateway")
     with Gateway(openclaw, home, provider.url, endpoint=False) as gateway:
         yield gateway

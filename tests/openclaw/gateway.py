@@ -1,4 +1,4 @@
-"""A real OpenClaw gateway with a home of its own, on a free port, with our model provider behind it."""
+"""Runs a real OpenClaw gateway, with its own home directory, on a free port, with our model provider behind it."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ from websockets.sync.client import ClientConnection, connect
 
 from tests.service import free_port, tail, until
 
-# Nothing but the gateway's own answers may bound a test; an agent's run takes seconds here.
+# Seconds. An agent's run takes a few seconds, so only a gateway that hangs reaches this limit.
 TIMEOUT = 60
-# Seconds that it gets to end by itself.
+# Seconds that a gateway gets to end after SIGTERM.
 DRAIN = 2
 CONNECT = {
     "minProtocol": 3,
@@ -42,14 +42,14 @@ MODEL = {
 
 @dataclass(frozen=True)
 class OpenClaw:
-    """The installed program: its executable, and the directory of the Node that runs it."""
+    """An installed OpenClaw: its executable, and the directory of the Node that runs it."""
 
     executable: Path
     node: Path
 
     @classmethod
     def of_environment(cls) -> Self:
-        """The one that OPENCLAW_BIN and OPENCLAW_NODE_BIN name. Raises LookupError where there is none."""
+        """Returns the one that OPENCLAW_BIN and OPENCLAW_NODE_BIN name. Raises LookupError if there is none."""
         paths = [Path(os.environ.get(name, "")) for name in ("OPENCLAW_BIN", "OPENCLAW_NODE_BIN")]
         if not all(path.is_absolute() and path.exists() for path in paths):
             raise LookupError(
@@ -59,7 +59,7 @@ class OpenClaw:
         return cls(*paths)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """All that the gateway gets to know: an operator's own OPENCLAW_ variables must not steer a test."""
+        """Returns the gateway's whole environment. A developer's own OPENCLAW_ variables must not affect the tests."""
         return {
             "PATH": os.pathsep.join([str(self.node), os.environ["PATH"]]),
             "HOME": str(home),
@@ -69,19 +69,19 @@ class OpenClaw:
         }
 
     def version(self, home: Path) -> str:
-        """What the program says it is, like `2026.9.6`."""
+        """Returns the program's version, such as `2026.9.6`."""
         command = [str(self.executable), "--version"]
-        told = subprocess.run(command, env=self.environment(home), capture_output=True, text=True, check=True)
-        return next(word for word in told.stdout.split() if word[0].isdigit())
+        done = subprocess.run(command, env=self.environment(home), capture_output=True, text=True, check=True)
+        return next(word for word in done.stdout.split() if word[0].isdigit())
 
 
 def session_of(session_key: str) -> str:
-    """The gateway's name for the session of this `user`, as `sessions.list` shows it."""
+    """Returns the gateway's key of a session, as `sessions.list` shows it."""
     return f"agent:main:openai-user:adapter-session-{session_key}"
 
 
 class Gateway:
-    """One gateway: started, stopped and started again on the same port with the same sessions."""
+    """A gateway that can be stopped and started again, on the same port and with the same sessions."""
 
     def __init__(self, openclaw: OpenClaw, home: Path, provider_url: str, *, endpoint: bool = True) -> None:
         self.openclaw = openclaw
@@ -113,7 +113,7 @@ class Gateway:
             },
             "models": {"mode": "merge", "providers": {"stub": provider}},
             "cron": {"enabled": False},
-            # By default it writes into a directory that all gateways of the machine share.
+            # By default, all gateways on a machine log into the same directory.
             "logging": {"file": str(self.home / "openclaw.log")},
         }
         workspace.mkdir(parents=True)
@@ -128,7 +128,7 @@ class Gateway:
         self.stop()
 
     def start(self) -> None:
-        """Starts it, unless it runs, and waits until it serves."""
+        """Starts the gateway unless it is running, and waits until it serves."""
         if self._process is not None:
             return
         with self.log.open("ab") as log:
@@ -154,10 +154,11 @@ class Gateway:
             return False
 
     def stop(self) -> None:
-        """Ends it with all that it started. On SIGTERM it drains for minutes, so it is asked, then killed."""
+        """Stops the gateway and its child processes. Kills them after DRAIN seconds, since a gateway drains for
+        minutes on SIGTERM."""
         if self._process is None:
             return
-        # What was started may be a wrapper; what serves is another process of its group.
+        # The executable may be a wrapper, whose child in the same process group serves.
         group = self._process.pid
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)
@@ -171,7 +172,7 @@ class Gateway:
         self._process = None
 
     def complete(self, text: str, *, headers: Mapping[str, str] | None = None, **body: object) -> httpx.Response:
-        """One message sent to the bare gateway, without our service."""
+        """Sends a message directly to the gateway, without our service. Returns the response."""
         return httpx.post(
             f"{self.url}/v1/chat/completions",
             headers={"Authorization": f"Bearer {self.token}", **(headers or {})},
@@ -181,38 +182,38 @@ class Gateway:
         )
 
     def models(self, token: str) -> int:
-        """The status of asking for the agents with this token."""
+        """Requests `/v1/models` with this token. Returns the status."""
         headers = {"Authorization": f"Bearer {token}"}
         return httpx.get(f"{self.url}/v1/models", headers=headers, timeout=TIMEOUT, trust_env=False).status_code
 
     def rpc(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        """The payload of one call over the gateway's WebSocket."""
+        """Calls a method over the gateway's WebSocket. Returns the payload of the answer."""
         with connect(f"ws://127.0.0.1:{self.port}/", max_size=None, proxy=None) as wire:
             _call(wire, "connect", CONNECT | {"auth": {"token": self.token}})
             return _call(wire, method, params)
 
     def sessions(self) -> list[str]:
-        """The keys of all sessions that it keeps."""
+        """Returns the keys of all sessions in the gateway."""
         rows = self.rpc("sessions.list", {"limit": 1000})["sessions"]
         return [row["key"] for row in rows]
 
     def idle_history(self, session_key: str) -> list[tuple[str, str]] | None:
-        """Role and text of a session's messages; None while an agent works on it."""
-        told = self.rpc("chat.history", {"sessionKey": session_of(session_key), "limit": 100})
-        if told["sessionInfo"].get("hasActiveRun"):
+        """Returns role and text of a session's messages, or None while a run is active in the session."""
+        history = self.rpc("chat.history", {"sessionKey": session_of(session_key), "limit": 100})
+        if history["sessionInfo"].get("hasActiveRun"):
             return None
-        return [(message["role"], _words(message["content"])) for message in told["messages"]]
+        return [(message["role"], _words(message["content"])) for message in history["messages"]]
 
 
 def _words(content: str | list[dict[str, Any]]) -> str:
-    """The text of a transcript's message."""
+    """Returns the text of a message in the history."""
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)
 
 
 def _call(wire: ClientConnection, method: str, params: dict[str, Any]) -> dict[str, Any]:
-    """One request and its answer; events that come between are not ours."""
+    """Sends a request and returns the payload of its answer. Skips events that arrive in between."""
     wire.send(json.dumps({"type": "req", "id": method, "method": method, "params": params}))
     while True:
         frame = json.loads(wire.recv(timeout=TIMEOUT))

@@ -1,9 +1,8 @@
-"""The model behind the real gateway: an OpenAI-compatible server that always answers the same to the same.
+"""The model behind the real gateway: an OpenAI-compatible server with deterministic answers.
 
-A test writes `MARK-<word>` into each of its messages. The reply lists the words of every user message that
-the gateway showed to the model ("seen: one,two"), so what the agent remembers can be read in the reply.
-What follows the newest mark may steer its reply: `SLOW-60` adds 60 words, one every 50 ms; `SILENT-3`
-says nothing at all for 3 s.
+A test writes `MARK-<word>` into each of its messages. The reply lists the words of every user message that the gateway
+sent to the model ("seen: one,two"), so the reply shows what the agent remembers. Directives after the newest mark
+control its reply: `SLOW-60` adds 60 words, one every 50 ms; `SILENT-3` sends nothing for 3 s.
 """
 
 import asyncio
@@ -30,14 +29,14 @@ USAGE = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:
-    """The words of a message, which OpenAI writes as a string or as parts."""
+    """Returns the text of a message, whose content is a string or a list of parts."""
     if isinstance(content, str):
         return content
     return "\n".join(part.get("text", "") for part in content)
 
 
 def _pictures(content: str | list[dict[str, Any]]) -> list[bytes]:
-    """The decoded `data:` URLs of a message's image parts."""
+    """Returns the decoded `data:` URLs of a message's image parts."""
     if isinstance(content, str):
         return []
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
@@ -46,7 +45,7 @@ def _pictures(content: str | list[dict[str, Any]]) -> list[bytes]:
 
 @dataclass
 class Run:
-    """One request that the gateway made: what it showed to the model and how the reply ended."""
+    """A request from the gateway: its body, the text sent so far, and how the reply ended."""
 
     body: dict[str, Any]
     sent: str = ""
@@ -54,12 +53,12 @@ class Run:
     marked: list[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        # The gateway adds user messages of its own; only ours carry a mark.
+        # The gateway adds user messages of its own; only those of the tests contain a mark.
         self.marked = [m for m in self.body["messages"] if m["role"] == "user" and MARK.search(_text(m["content"]))]
 
     @property
     def marks(self) -> list[str]:
-        """The words of all marks the model was shown, oldest first."""
+        """The words of all marks in the request, oldest first."""
         return [word for message in self.marked for word in MARK.findall(_text(message["content"]))]
 
     @property
@@ -73,20 +72,20 @@ class Run:
         return _pictures(self.marked[-1]["content"])
 
     def directive(self, name: str) -> int:
-        """The number behind `<name>-` after the newest mark, 0 without one."""
-        # Messages that got no reply are one with the next by the time they come here: only the last counts.
+        """Returns the number after `<name>-` behind the newest mark, or 0 if there is none."""
+        # The gateway joins a message that got no reply with the next one, so only the last mark counts.
         newest = _text(self.marked[-1]["content"]).rpartition("MARK-")[2] if self.marked else ""
         found = re.search(rf"{name}-(\d+)", newest)
         return int(found[1]) if found else 0
 
     def words(self) -> list[str]:
-        """The reply, in the pieces in which it is sent."""
+        """Returns the reply, in the pieces in which it is sent."""
         seen = f"seen: {','.join(self.marks)}"
         return [seen, *(f" w{n}" for n in range(1, self.directive("SLOW") + 1))]
 
 
 def _event(delta: dict[str, str] | None, finish: str | None = None) -> str:
-    """A frame of the model's stream; without a delta, the one that carries the usage."""
+    """Returns a frame of the model's stream; if `delta` is None, the frame with the usage."""
     chunk: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "echo"}
     if delta is None:
         chunk |= {"choices": [], "usage": USAGE}
@@ -96,7 +95,7 @@ def _event(delta: dict[str, str] | None, finish: str | None = None) -> str:
 
 
 async def _reply(run: Run) -> AsyncIterator[str]:
-    """The stream of one run. Notes in the run what was sent and whether the gateway stayed to the end."""
+    """Yields the stream of a run. Records in the run what was sent, and whether the gateway read it to the end."""
     try:
         await asyncio.sleep(run.directive("SILENT"))
         yield _event({"role": "assistant"})
@@ -109,13 +108,13 @@ async def _reply(run: Run) -> AsyncIterator[str]:
         yield "data: [DONE]\n\n"
         run.state = "finished"
     finally:
-        # Starlette cancels the generator when the gateway hangs up.
+        # Starlette cancels the generator when the gateway disconnects.
         if run.state == "running":
             run.state = "aborted"
 
 
 class ModelProvider:
-    """The server, in a thread of the tests' process; `runs` is everything that it was asked."""
+    """The server, in a thread of the tests' process. `runs` contains all requests that it received."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -140,11 +139,11 @@ class ModelProvider:
         self._thread.join()
 
     def of(self, mark: str) -> list[Run]:
-        """The runs whose newest message carries this mark, in the order of their start."""
+        """Returns the runs whose newest message has this mark, in the order of their start."""
         return [run for run in self.runs if run.marks[-1:] == [mark]]
 
     def run(self, mark: str) -> Run:
-        """The one run that a message caused. Fails when the gateway asked the model more than once for it."""
+        """Returns the run that a message caused. Fails if the gateway sent more than one request for it."""
         runs = self.of(mark)
         assert len(runs) == 1, f"{len(runs)} runs for MARK-{mark}"
         return runs[0]

@@ -1,4 +1,4 @@
-"""The main job: whichever way a message is sent, the agent knows the whole conversation and no other."""
+"""Conversations: the agent knows all messages of its own conversation and of no other, however they are sent."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ RED = (200, 30, 60)
 
 
 def picture(kind: str) -> bytes:
-    """A small red picture, as a file of this kind."""
+    """Returns a small red image in this format."""
     pillow_heif.register_heif_opener()
     file = io.BytesIO()
     Image.new("RGB", SIZE, RED).save(file, kind)
@@ -25,14 +25,14 @@ def picture(kind: str) -> bytes:
 
 
 def encoded(data: bytes) -> str:
-    """A picture as a client sends it."""
+    """Returns an image in base64, as a client sends it."""
     return base64.b64encode(data).decode()
 
 
 def test_four_ways_are_four_turns_of_one_conversation(
     service: Service, gateway: Gateway, provider: ModelProvider, person: Person
 ) -> None:
-    """Text and image, streamed and not: each reply knows every message before it, in one agent session."""
+    """Messages with and without image, streamed and not, go to one agent session; each reply knows all before it."""
     session = person.session()
     png, jpeg = picture("PNG"), picture("JPEG")
     ways = [
@@ -48,7 +48,7 @@ def test_four_ways_are_four_turns_of_one_conversation(
         image = encoded(data) if data else None
         answer = person.say(session, f"Hello MARK-{mark}", image=image, stream=stream)
         assert (answer.status_code, answer.text) == (200, f"seen: {','.join(marks)}")
-        # A picture that the gateway need not shrink reaches the model as it was sent.
+        # The gateway passes small images on unchanged.
         assert provider.run(mark).pictures == ([data] if data else [])
     key = session["session_key"]
     assert [name for name in gateway.sessions() if key in name] == [session_of(key)]
@@ -57,8 +57,8 @@ def test_four_ways_are_four_turns_of_one_conversation(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "HEIF"])
-def test_every_kind_of_picture_reaches_the_model(provider: ModelProvider, person: Person, kind: str) -> None:
-    """Each type that the contract accepts arrives as a picture of the same size and colour."""
+def test_every_type_of_image_reaches_the_model(provider: ModelProvider, person: Person, kind: str) -> None:
+    """An image of each accepted type reaches the model with the same size and color."""
     mark = f"kind{kind}"
     answer = person.say(person.session(), f"Look MARK-{mark}", image=encoded(picture(kind)))
     assert answer.status_code == 200, answer.body
@@ -71,7 +71,7 @@ def test_every_kind_of_picture_reaches_the_model(provider: ModelProvider, person
 
 
 def test_sessions_never_mix(service: Service, provider: ModelProvider, person: Person) -> None:
-    """Two sessions of a project, one of another project and one of another user: each knows only itself."""
+    """Sessions of one project, of another project and of another user know only their own messages."""
     project = person.project()
     with service.person() as stranger:
         owners = [(person, project), (person, project), (person, None), (stranger, None)]
@@ -85,10 +85,10 @@ def test_sessions_never_mix(service: Service, provider: ModelProvider, person: P
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("image", [None, encoded(picture("PNG"))], ids=["text", "image"])
-def test_the_agent_is_told_of_the_project(
+def test_the_system_prompt_describes_the_project(
     provider: ModelProvider, person: Person, stream: bool, image: str | None
 ) -> None:
-    """Name, description and folder of the project stand in the model's system prompt, each of the four ways."""
+    """The model's system prompt contains name, description and folder of the project, however a message is sent."""
     project = person.project("Lighthouse ledger", "Keeps the tides of Cape Wrath.")
     mark = f"told{'image' if image else 'text'}{'stream' if stream else 'whole'}"
     assert person.say(person.session(project), f"MARK-{mark}", image=image, stream=stream).status_code == 200
@@ -97,8 +97,8 @@ def test_the_agent_is_told_of_the_project(
         assert fact in system
 
 
-def test_the_agent_is_told_of_a_renamed_project(provider: ModelProvider, person: Person) -> None:
-    """What the user changes about the project reaches the agent with the next message."""
+def test_the_system_prompt_follows_a_rename(provider: ModelProvider, person: Person) -> None:
+    """A change of the project's name and description is in the system prompt of the next message."""
     project = person.project("Old harbour")
     session = person.session(project)
     person.say(session, "MARK-oldname")
@@ -112,7 +112,7 @@ def test_the_agent_is_told_of_a_renamed_project(provider: ModelProvider, person:
 
 
 def test_ready_and_log_name_the_gateways_version(service: Service, gateway: Gateway, person: Person) -> None:
-    """An operator sees which gateway answers: sessions could change their meaning with its version."""
+    """`/health/ready` and the log name the gateway's version, since sessions could work differently in another one."""
     answer = person.ready()
     assert answer.status_code == 200, answer.text
     version = gateway.openclaw.version(gateway.home)

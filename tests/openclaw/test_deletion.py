@@ -1,4 +1,4 @@
-"""What a person deletes is gone in the gateway too, even if the gateway is away at that moment."""
+"""Deletes reach the gateway, even if it is down at that moment."""
 
 import time
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from .model_provider import ModelProvider
 
 
 def delete_session(person: Person, session: JSON) -> None:
-    """By the session's own route."""
+    """Deletes a session by its own route."""
     person.delete(f"/sessions/{session['id']}")
 
 
 def delete_session_of_project(person: Person, session: JSON) -> None:
-    """By the route below its project."""
+    """Deletes a session by the route below its project."""
     person.delete(f"/projects/{session['project_id']}/sessions/{session['id']}")
 
 
 def delete_project(person: Person, session: JSON) -> None:
-    """With the whole project."""
+    """Deletes a session with its project."""
     person.delete(f"/projects/{session['project_id']}")
 
 
 def delete_account(person: Person, session: JSON) -> None:
-    """With the whole account."""
+    """Deletes a session with its user's account."""
     person.delete("/auth/me", password=person.password)
 
 
@@ -41,7 +41,7 @@ every_way = pytest.mark.parametrize(
 def test_the_gateways_session_is_deleted_too(
     gateway: Gateway, person: Person, delete: Callable[[Person, JSON], None]
 ) -> None:
-    """Session, project, account: whichever is deleted, `sessions.list` no longer has the conversation."""
+    """After the delete of a session, project or account, `sessions.list` does not contain the conversation."""
     kept, deleted = person.session(), person.session()
     for session in (kept, deleted):
         assert person.say(session, "MARK-delete").status_code == 200
@@ -57,7 +57,7 @@ def test_the_gateways_session_is_deleted_too(
 def test_a_running_reply_is_stopped_before_its_session_is_deleted(
     gateway: Gateway, provider: ModelProvider, person: Person
 ) -> None:
-    """The run does not go on unseen, and does not bring the session back to life."""
+    """The agent's run is aborted, and does not create the session in the gateway again."""
     session = person.session()
     with person.listen(session, "MARK-deleterun SLOW-200") as (_, stream):
         stream.read(to_first_text=True)
@@ -69,7 +69,8 @@ def test_a_running_reply_is_stopped_before_its_session_is_deleted(
 
 
 def test_deleting_does_not_wait_for_a_gateway_that_is_down(mortal_gateway: Gateway, tmp_path: Path) -> None:
-    """It answers at once, and the gateway is told as soon as it is back, after a restart of ours too."""
+    """The delete is answered at once. The gateway's session is deleted when the gateway is back, even if the service
+    was restarted in between."""
     with (
         Service(tmp_path, mortal_gateway.url, mortal_gateway.token) as service,
         service.person() as person,
@@ -81,7 +82,7 @@ def test_deleting_does_not_wait_for_a_gateway_that_is_down(mortal_gateway: Gatew
         started = time.monotonic()
         person.delete(f"/sessions/{before['id']}")
         person.delete(f"/sessions/{across['id']}")
-        # Far below any connection's or retry's time; a delete that waited would not come back at all.
+        # A delete that waited for the gateway would not be answered at all, because the gateway is down.
         assert time.monotonic() - started < 5
         service.kill()
         service.start()

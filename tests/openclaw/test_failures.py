@@ -1,4 +1,4 @@
-"""What a person is told when the gateway cannot or will not answer, and that its token is never told."""
+"""The errors that users receive if the gateway fails or refuses, and that no answer or log line contains its token."""
 
 import secrets
 from pathlib import Path
@@ -13,7 +13,7 @@ either_way = pytest.mark.parametrize("stream", [False, True], ids=["whole", "str
 
 
 def refused(service: Service, token: str, stream: bool, status_code: int, code: str, *, agent: str = "main") -> None:
-    """Says one message and holds that it is refused just so, everywhere and without telling the token."""
+    """Sends a message and checks that answer and stored reply have this error, and that nothing contains the token."""
     with service.person() as person:
         talk = person.session(agent_id=agent)
         answer = person.say(talk, "MARK-refused", stream=stream)
@@ -22,12 +22,12 @@ def refused(service: Service, token: str, stream: bool, status_code: int, code: 
         assert failed is not None, person.messages(talk)
         assert (failed["content"], failed["error"]["code"]) == ("", code)
         assert status_code != 503 or "Retry-After" in answer.headers
-        told = [answer.body, str(answer.headers), str(failed), person.ready().text, service.output()]
-        assert not [text for text in told if token in text]
+        texts = [answer.body, str(answer.headers), str(failed), person.ready().text, service.output()]
+        assert not [text for text in texts if token in text]
 
 
 def said_or_refused_for_now(person: Person, session: JSON, text: str) -> str | None:
-    """The reply to a message; None where it failed in such a way that it may be sent again."""
+    """Sends a message. Returns the reply, or None after a `gateway_error` that is retryable."""
     answer = person.say(session, text)
     if answer.status_code == 200:
         return answer.text
@@ -39,29 +39,30 @@ def said_or_refused_for_now(person: Person, session: JSON, text: str) -> str | N
 
 @either_way
 def test_a_wrong_token_is_gateway_auth(gateway: Gateway, tmp_path: Path, stream: bool) -> None:
-    """The gateway answers 401: a status, not a reply, and the wrong token is not told either."""
+    """A wrong token, to which the gateway answers 401, gives `gateway_auth`, without that token in any text."""
     wrong = secrets.token_hex(24)
     with Service(tmp_path, gateway.url, wrong) as service:
-        # Each wrong token makes the gateway slower to refuse the next; a right one ends that.
+        # The gateway delays its answer after each wrong token; a request with the right one resets the delay.
         assert gateway.models(gateway.token) == 200
         refused(service, wrong, stream, 502, "gateway_auth")
 
 
 @either_way
 def test_an_unknown_agent_is_gateway_error(gateway: Gateway, service: Service, stream: bool) -> None:
-    """The gateway answers 400 to an agent that it does not have."""
+    """An agent that the gateway does not have, to which it answers 400, gives `gateway_error`."""
     refused(service, gateway.token, stream, 502, "gateway_error", agent="nope")
 
 
 @either_way
 def test_a_closed_endpoint_is_gateway_endpoint_disabled(closed_gateway: Gateway, tmp_path: Path, stream: bool) -> None:
-    """The gateway answers 404 as long as its operator has not switched the endpoint on."""
+    """A chat endpoint that is not enabled, to which the gateway answers 404, gives `gateway_endpoint_disabled`."""
     with Service(tmp_path, closed_gateway.url, closed_gateway.token) as service:
         refused(service, closed_gateway.token, stream, 502, "gateway_endpoint_disabled")
 
 
 def test_a_stopped_gateway_is_gateway_unavailable_until_it_is_back(mortal_gateway: Gateway, tmp_path: Path) -> None:
-    """Cut in mid-reply, refused while it is away, and the same conversation again as soon as it is back."""
+    """A gateway that stops during a reply gives `gateway_incomplete`, and `gateway_unavailable` while it is down. When
+    it is up again, the conversation continues."""
     with (
         Service(tmp_path, mortal_gateway.url, mortal_gateway.token) as service,
         service.person() as person,
@@ -80,7 +81,7 @@ def test_a_stopped_gateway_is_gateway_unavailable_until_it_is_back(mortal_gatewa
         for stream_it in (False, True):
             refused(service, mortal_gateway.token, stream_it, 503, "gateway_unavailable")
         mortal_gateway.start()
-        # A gateway that was killed in a run takes it up again by itself, and may refuse a message meanwhile.
+        # A gateway that was killed during a run resumes the run when it starts, and may refuse messages meanwhile.
         text = until(lambda: said_or_refused_for_now(person, session, "MARK-back"), 120, "a reply")
         assert text.startswith("seen: calm,")
         assert text.endswith("back")
@@ -89,7 +90,7 @@ def test_a_stopped_gateway_is_gateway_unavailable_until_it_is_back(mortal_gatewa
 def test_the_token_is_nowhere_in_the_log_of_a_working_service(
     gateway: Gateway, service: Service, person: Person
 ) -> None:
-    """Neither the gateway's token nor the user's own is written down by what works."""
+    """Without failures, the log contains neither the gateway's token nor the user's."""
     assert person.say(person.session(), "MARK-quiet", stream=True).text == "seen: quiet"
     assert gateway.token not in service.output()
     assert person.token not in service.output()

@@ -1,4 +1,4 @@
-"""The bare gateway, without our service: the facts on which the service is built."""
+"""The gateway without our service: the behavior of OpenClaw on which the service relies."""
 
 import asyncio
 from uuid import uuid4
@@ -12,14 +12,15 @@ from .model_provider import ModelProvider
 
 
 def said(response: httpx.Response) -> str:
-    """The text of a completion."""
+    """Returns the text of a completion."""
     assert response.status_code == 200, response.text
     text: str = response.json()["choices"][0]["message"]["content"]
     return text
 
 
 def test_user_and_header_name_the_same_session_each_alone_and_together(gateway: Gateway) -> None:
-    """What we send today (both) reaches what either alone reaches, so either may lose its meaning one day."""
+    """`user`, the header, and both together (as the service sends them) lead to the same session. The service thus
+    keeps working if a version of the gateway ignores one of them."""
     key = str(uuid4())
     user = f"adapter-session-{key}"
     header = {"x-openclaw-session-key": session_of(key)}
@@ -30,7 +31,7 @@ def test_user_and_header_name_the_same_session_each_alone_and_together(gateway: 
 
 
 def test_a_session_key_in_the_body_is_no_session(gateway: Gateway) -> None:
-    """The fault that this service ends: with `session_key` in `user`'s place every message starts anew."""
+    """With `session_key` in the body instead of `user`, every message starts a new conversation."""
     key = str(uuid4())
     assert said(gateway.complete("MARK-lost1", session_key=key)) == "seen: lost1"
     assert said(gateway.complete("MARK-lost2", session_key=key)) == "seen: lost2"
@@ -38,22 +39,22 @@ def test_a_session_key_in_the_body_is_no_session(gateway: Gateway) -> None:
 
 
 async def four_at_once(gateway: Gateway) -> list[int]:
-    """The statuses of four first messages that reach one new session at the same instant."""
+    """Sends four first messages to one new session at the same moment. Returns the statuses."""
     user = f"adapter-session-{uuid4()}"
     headers = {"Authorization": f"Bearer {gateway.token}"}
     body = {"model": "agent:main", "user": user, "messages": [{"role": "user", "content": "MARK-rush"}]}
     async with httpx.AsyncClient(base_url=gateway.url, headers=headers, timeout=60, trust_env=False) as client:
-        # Open connections, so that nothing but the gateway decides who is first.
+        # The connections are opened first, so that only the gateway decides the order.
         await asyncio.gather(*(client.get("/startupz") for _ in range(4)))
         sent = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(4)))
     return [answer.status_code for answer in sent]
 
 
 def test_four_sends_at_once_can_fail(gateway: Gateway) -> None:
-    """The reason why the queue of a session is ours: the bare gateway loses messages that race to be first.
+    """The gateway can fail concurrent first messages of a session, so the service queues messages itself.
 
-    It queues what comes to a session that exists; two that both find none make it twice, and the later is
-    answered 500 (`SessionWorkStartChangedError` in its log). That happens in every second try or so.
+    The gateway queues messages to an existing session. If two messages both find no session, both create it, and the
+    later one is answered with 500 (`SessionWorkStartChangedError` in its log), in about every second attempt.
     """
     statuses: set[int] = set()
     for _ in range(40):
@@ -64,7 +65,8 @@ def test_four_sends_at_once_can_fail(gateway: Gateway) -> None:
 
 
 def test_a_caller_that_leaves_aborts_the_run(gateway: Gateway, provider: ModelProvider) -> None:
-    """The reason why a task of the service, and no browser, holds the connection to the gateway."""
+    """The gateway aborts a run whose client disconnects, so a task of the service holds the connection, not a request
+    of a browser."""
     key = str(uuid4())
     with httpx.Client(base_url=gateway.url, timeout=60, trust_env=False) as client:
         request = client.build_request(
@@ -87,6 +89,6 @@ def test_a_caller_that_leaves_aborts_the_run(gateway: Gateway, provider: ModelPr
 
 
 def test_a_wrong_token_is_refused(gateway: Gateway) -> None:
-    """A gateway that let everybody in would prove nothing about the token that we send."""
+    """The gateway refuses a wrong token, so the other tests also show that the service sends the right one."""
     assert gateway.models("wrong") == 401
     assert gateway.models(gateway.token) == 200

@@ -1,4 +1,4 @@
-"""The life of a turn: cut tabs, stops, queues, silence and crashes."""
+"""Turns with a real gateway: closed tabs, stops, queues, silence and crashes."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from tests.service import Person, Service, until
 from .gateway import Gateway
 from .model_provider import ModelProvider
 
-# What the contract promises: a turn that a crash has left is settled within this time.
+# Seconds after the next start within which a turn that a crash left is final; docs/reliability.md promises this.
 SETTLED = 15
 
 
@@ -23,7 +23,7 @@ def mortal(gateway: Gateway, tmp_path: Path) -> Iterator[Service]:
 
 
 def test_a_closed_tab_changes_nothing(provider: ModelProvider, person: Person) -> None:
-    """The client leaves after the first frame: the run goes on, and the whole reply is stored."""
+    """If the client disconnects after the first frame, the run continues and the whole reply is stored."""
     session = person.session()
     with person.listen(session, "MARK-cut SLOW-60") as (_, stream):
         stream.read(to_first_text=True)
@@ -36,12 +36,12 @@ def test_a_closed_tab_changes_nothing(provider: ModelProvider, person: Person) -
 
 
 def test_stop_aborts_the_run_and_keeps_its_text(provider: ModelProvider, person: Person) -> None:
-    """The agent's run ends within a second or so, its text stays, and the conversation goes on."""
+    """A stop aborts the agent's run within about a second and keeps the text; the conversation continues."""
     session = person.session()
     with person.listen(session, "MARK-stop SLOW-200") as (_, stream):
         stream.read(to_first_text=True)
         assert person.stop(session) is True
-        # "Within a second" is for us; another one is for the gateway to pass it on.
+        # One second is the service's promise; the other one is for the gateway to abort the model's run.
         until(lambda: provider.run("stop").state == "aborted", 2, "the model's run to be aborted")
         stream.read()
     assert (stream.finish, stream.done) == ("stopped", True)
@@ -54,7 +54,7 @@ def test_stop_aborts_the_run_and_keeps_its_text(provider: ModelProvider, person:
 
 
 def test_stop_ends_a_silent_run(provider: ModelProvider, person: Person) -> None:
-    """An agent that has said nothing yet is stopped just as fast, for who waits for a whole reply too."""
+    """A run that has produced no text is stopped just as fast, and a request that waits for the reply is answered."""
     session = person.session()
     with ThreadPoolExecutor(1) as pool:
         send = pool.submit(person.say, session, "MARK-hush SILENT-60")
@@ -68,7 +68,7 @@ def test_stop_ends_a_silent_run(provider: ModelProvider, person: Person) -> None
 
 
 def test_four_sends_at_once_take_their_turns(provider: ModelProvider, person: Person) -> None:
-    """All four are answered, one after the other, where the bare gateway refuses some."""
+    """Four concurrent messages are all answered, one after the other; the gateway itself would refuse some."""
     session = person.session()
     with ThreadPoolExecutor(4) as pool:
         sends = [pool.submit(person.say, session, f"MARK-turn{n} SLOW-5", stream=n % 2 == 0) for n in range(4)]
@@ -84,19 +84,19 @@ def test_four_sends_at_once_take_their_turns(provider: ModelProvider, person: Pe
 
 
 def test_twenty_seconds_of_silence_are_delivered(person: Person) -> None:
-    """A silent agent is waited for, and the line never looks dead to a proxy."""
+    """The reply of an agent that is silent for 20 s is delivered; comments keep the connection open until then."""
     with person.listen(person.session(), "MARK-silent SILENT-20") as (_, stream):
         stream.read()
     assert (stream.text, stream.finish) == ("seen: silent", "stop")
     assert stream.comments > 0
-    # The contract's 15 s, and a second for a loaded machine.
+    # At most 15 s between two writes (the limit of PING_SECONDS), and a second for a loaded machine.
     assert stream.longest_gap < 16
 
 
 def test_a_reply_that_outlived_the_service_is_taken_from_the_gateway(
     mortal: Service, gateway: Gateway, provider: ModelProvider
 ) -> None:
-    """The gateway finished what the dead service could not store: its history fills the row."""
+    """A reply that the gateway finished while the service was frozen is completed from the gateway's history."""
     with mortal.person() as person:
         session = person.session()
         person.say(session, "MARK-before")
@@ -119,7 +119,7 @@ def test_a_reply_that_outlived_the_service_is_taken_from_the_gateway(
 
 
 def test_a_reply_that_died_with_the_service_is_interrupted(mortal: Service, provider: ModelProvider) -> None:
-    """kill -9 in mid-reply: what was received stands, it is called what it is, and the next message works."""
+    """After kill -9 during a reply, the reply keeps its text and is `interrupted`; the next message is answered."""
     with mortal.person() as person:
         session = person.session()
         with person.listen(session, "MARK-died SLOW-100") as (_, stream):

@@ -1,1 +1,1 @@
-"""The service under the real PM2."""
+"""Tests of the service under the real PM2."""

@@ -1,4 +1,4 @@
-"""What the tests under PM2 share: a daemon each, a checkout each, and a person with long replies."""
+"""Fixtures of the tests under PM2: each test has its own daemon, copy of this checkout, and user."""
 
 import signal
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from .pm2 import PM2
 
 
 def pytest_sessionstart() -> None:
-    """Without PM2 the suite fails at once and says what to do; it is never skipped."""
+    """Fails immediately and names the command that installs PM2 if it is missing, instead of skipping the tests."""
     try:
         PM2(Path())
     except LookupError as missing:
@@ -25,7 +25,7 @@ def pytest_sessionstart() -> None:
 
 @pytest.fixture
 def pm2(tmp_path: Path) -> Iterator[PM2]:
-    """A daemon of the test's own."""
+    """A PM2 daemon for one test."""
     home = tmp_path / "home"
     home.mkdir()
     with PM2(home) as pm2:
@@ -34,7 +34,7 @@ def pm2(tmp_path: Path) -> Iterator[PM2]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, openclaw: StandIn) -> Iterator[Checkout]:
-    """A checkout on `main`, with a space in its path; nothing of it runs when the test is over."""
+    """A copy of this checkout on `main`, with a space in its path. Waits for the end of its workers after the test."""
     settings = {
         "CLAWDBOT_BASE_URL": openclaw.url,
         "CLAWDBOT_TOKEN": openclaw.token,
@@ -47,7 +47,7 @@ def checkout(tmp_path: Path, openclaw: StandIn) -> Iterator[Checkout]:
 
 @pytest.fixture
 def running(pm2: PM2, checkout: Checkout) -> Iterator[PM2]:
-    """The daemon with the production service on it, which it stops at the end."""
+    """The daemon, which runs the production service until the end of the test."""
     pm2.do("start", "ecosystem.backend.json", "--only", "clawd-backend", cwd=checkout.path)
     yield pm2
     pm2("delete", "all")
@@ -55,7 +55,7 @@ def running(pm2: PM2, checkout: Checkout) -> Iterator[PM2]:
 
 @pytest.fixture
 def ada(running: PM2, checkout: Checkout) -> Iterator[Person]:
-    """A user of the production service."""
+    """A user of the production service, whose client opens a new connection for each request."""
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(base_url=checkout.url, timeout=60, trust_env=False, verify=NO_TLS, limits=limits) as http:
         yield Person(http)

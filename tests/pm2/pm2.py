@@ -1,4 +1,4 @@
-"""The real PM2, with a daemon and a home of its own."""
+"""The real PM2, with a daemon and a home directory for one test."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from tests.service import until
 
 
 class PM2:
-    """One PM2 daemon; whatever it runs ends with the block."""
+    """One PM2 daemon. The end of the block kills it and everything that it runs."""
 
     def __init__(self, home: Path) -> None:
-        """Raises LookupError where PM2 is not installed."""
+        """`home` is the daemon's home directory. Raises LookupError if PM2 is not installed."""
         try:
             self._program, node = os.environ["PM2_BIN"], os.environ["PM2_NODE_BIN"]
         except KeyError as missing:
@@ -38,13 +38,13 @@ class PM2:
         self("kill")
 
     def command(self, *words: str) -> list[str]:
-        """The same as a program and its arguments."""
+        """Returns a `pm2` command as a program and its arguments."""
         return [self._program, *words]
 
     def __call__(
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> "subprocess.CompletedProcess[str]":
-        """What an operator types after `pm2`."""
+        """Runs a `pm2` command, in the home directory or in `cwd`. Returns its exit status and output."""
         return subprocess.run(
             self.command(*words),
             cwd=cwd or self._home,
@@ -56,38 +56,38 @@ class PM2:
         )
 
     def do(self, *words: str, cwd: Path | None = None) -> str:
-        """The same; fails where PM2 says that it failed."""
+        """Runs a `pm2` command. Returns its stdout; fails if the command fails."""
         done = self(*words, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def app(self, name: str) -> dict[str, Any]:
-        """What `pm2 jlist` says of an app; empty where there is none."""
+        """Returns the entry of an app in `pm2 jlist`, or an empty dict if there is none."""
         lines = self.do("jlist").splitlines()
         apps = json.loads(next(line for line in reversed(lines) if line.startswith("[")))
         found: dict[str, Any] = next((app for app in apps if app["name"] == name), {})
         return found
 
     def status(self, name: str) -> str:
-        """`online`, `stopped`, …"""
+        """Returns PM2's status of an app, such as `online` or `stopped`, or `none` if PM2 does not have the app."""
         return str(self.app(name).get("pm2_env", {}).get("status", "none"))
 
     def pid(self, name: str) -> int:
-        """The process that PM2 sees."""
+        """Returns the process id that PM2 shows for an app. It is that of the front."""
         return int(self.app(name)["pid"])
 
     def log(self, name: str) -> str:
-        """What `pm2 logs` would show of an app."""
+        """Returns the contents of an app's log files."""
         return "".join(
             path.read_text(errors="replace") for path in sorted((self._home / "pm2/logs").glob(f"{name}-*.log"))
         )
 
     def shown(self, name: str, lines: int = 200) -> str:
-        """What `pm2 logs` shows of an app."""
+        """Returns the last lines of an app's log, as `pm2 logs` prints them."""
         return self.do("logs", name, "--nostream", "--raw", "--lines", str(lines))
 
     def kill_daemon(self) -> None:
-        """Ends the daemon by kill -9, as a machine without memory does."""
+        """Kills the daemon with SIGKILL, as the kernel does when memory runs out. Waits for its end."""
         pid = int((self._home / "pm2/pm2.pid").read_text())
         os.kill(pid, signal.SIGKILL)
         until(lambda: not Path(f"/proc/{pid}").exists(), 10, "the daemon's end")

@@ -1,5 +1,5 @@
-"""Which branch runs where: each row of the table in docs/operate.md on both ports, and a checkout that changes under a
-running service."""
+"""The branches that each service accepts: the table in docs/operate.md row by row, and a `git checkout` while the
+service runs."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,9 @@ ROWS = table("docs/operate.md", "checked out")
 APPS = ("clawd-backend", "clawd-backend-dev")
 
 
-def place(checkout: Checkout, what: str, path: Path) -> Path:
-    """A directory with that checked out: the checkout itself, or a worktree with a space in its name."""
+def directory_with(checkout: Checkout, what: str, path: Path) -> Path:
+    """Returns a directory in which `what`, a cell of the table, is checked out: the checkout itself for `main`, or a
+    new worktree at `path`."""
     if what == "`main`":
         return checkout.path
     if "detached" in what:
@@ -31,11 +32,11 @@ def place(checkout: Checkout, what: str, path: Path) -> Path:
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_a_branch_runs_where_the_document_says(pm2: PM2, checkout: Checkout, tmp_path: Path, row: list[str]) -> None:
-    """Plain `pm2 start ecosystem.backend.json` runs what may run there; the rest is stopped after one try, with the
-    reason in its log."""
+    """`pm2 start ecosystem.backend.json` runs the service that accepts the branch. The other one is stopped after one
+    attempt, and its log contains the reason."""
     what, *verdicts = row
     assert set(verdicts) <= {"runs", "refused"}
-    directory = place(checkout, what, tmp_path / "a work tree")
+    directory = directory_with(checkout, what, tmp_path / "a work tree")
     pm2.do("start", "ecosystem.backend.json", cwd=directory)
     for name, port, verdict in zip(APPS, (checkout.port, checkout.development_port), verdicts, strict=True):
         if verdict == "runs":
@@ -48,26 +49,26 @@ def test_a_branch_runs_where_the_document_says(pm2: PM2, checkout: Checkout, tmp
     expected = {"clawdbot_adapter.db": verdicts[0], "clawdbot_adapter_dev.db": verdicts[1]}
     assert databases == {name for name, verdict in expected.items() if verdict == "runs"}
     pm2("delete", "all")
-    until(lambda: not list(directory.glob("run/*/*.sock")), 15, "the workers to go")
+    until(lambda: not list(directory.glob("run/*/*.sock")), 15, "the end of the workers")
 
 
-def test_it_starts_from_elsewhere(pm2: PM2, checkout: Checkout) -> None:
-    """`--cwd` names the checkout, and nothing of the shell's directory is used."""
+def test_the_service_starts_from_another_directory(pm2: PM2, checkout: Checkout) -> None:
+    """With `--cwd`, which names the checkout, PM2 can be called from any directory."""
     file = str(checkout.path / "ecosystem.backend.json")
     pm2.do("start", file, "--only", "clawd-backend", "--cwd", str(checkout.path))
     assert checkout.health()["environment"] == "production"
     pm2("delete", "all")
 
 
-def test_a_checkout_under_a_running_service_ends_nothing(running: PM2, checkout: Checkout, ada: Person) -> None:
-    """Health says that the checkout has moved on. A restart then is refused, and costs nothing: what ran runs on,
-    until the branch is right again."""
+def test_a_git_checkout_does_not_affect_the_running_service(running: PM2, checkout: Checkout, ada: Person) -> None:
+    """After a `git checkout`, `/health` reports `"stale": true`. A restart on the wrong branch leaves the old code
+    serving, without any failed request, until the right branch is checked out again."""
     with Load(ada, [ada.session()], "[[chunks=60 delay=0.1]]") as load:
         before = checkout.health()
         assert (before["branch"], before["stale"], before["environment"]) == ("main", False, "production")
         checkout.git("checkout", "--quiet", "-b", "feature/x")
         commit = checkout.commit()
-        until(lambda: checkout.health()["stale"], 10, "health to see it")
+        until(lambda: checkout.health()["stale"], 10, "stale in /health")
         assert checkout.health()["commit"] == before["commit"]
         running.do("restart", "clawd-backend")
         health = checkout.health()
@@ -83,7 +84,7 @@ def test_a_checkout_under_a_running_service_ends_nothing(running: PM2, checkout:
 
 
 def test_the_configuration_holds_no_secret_and_no_path() -> None:
-    """What `pm2 jlist` prints must be fit for anybody's eyes, and the file serve any checkout."""
+    """The file works in any checkout, and what `pm2 jlist` prints of it can be shown to anybody."""
     apps = json.loads((CHECKOUT / "ecosystem.backend.json").read_text())["apps"]
     assert [app["name"] for app in apps] == list(APPS)
     for app in apps:
