@@ -367,7 +367,8 @@ class Database:
     def _give_up(self, job: _Job) -> None:
         """Fails a job that has waited for WRITE_TIMEOUT seconds. It does not run if it has not begun."""
         state = "was not begun" if self._writer.withdraw(job) else "has not ended, but may still be committed,"
-        job.error = job.context.run(
+        # A copy of the context, because the writer thread may be running the job in the context itself.
+        job.error = job.context.copy().run(
             _unavailable, TimeoutError(f"a write {state} within {WRITE_TIMEOUT:g} s: {self._cause()}")
         )
         job.settle()
