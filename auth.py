@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import re
 import secrets
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -15,9 +16,6 @@ from fastapi import APIRouter, Depends, Request, status
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from jose import JWTError, jwt
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
 from passlib.context import CryptContext
 from passlib.exc import UnknownHashError
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
@@ -29,14 +27,13 @@ import file_utils
 import sql
 import telemetry
 from settings import Settings
+from throttle import Throttle
 from web import Body, OpenParts
 
 T = TypeVar("T")
 
 ISSUER = "clawd-backend"
 MAX_PENDING_HASHES = 64  # hashes that may be computed or wait for the one thread; each takes about 20 ms
-FAILURES_BY_CALLER = RateLimitItemPerMinute(10, 5)  # wrong passwords from one IP address for one account, per 5 minutes
-FAILURES_BY_ACCOUNT = RateLimitItemPerMinute(100, 5)  # wrong passwords from all addresses for one account
 
 # email_validator refuses domains such as `.local`, which e-mail addresses of private networks use.
 SPECIAL_USE_DOMAIN_NAMES.clear()
@@ -161,33 +158,6 @@ def _claims(claims: dict[str, Any]) -> Claims:
     return Claims(int(subject), version, jti, expires_at)
 
 
-class Throttle:
-    """Limits wrong passwords per five minutes: from one IP address for one account, and from all addresses for one
-    account. The counts are in memory, so each process counts for itself and starts from zero."""
-
-    def __init__(self) -> None:
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
-
-    def check(self, account: str, caller: str) -> None:
-        """Raises errors.TooMany if a limit is reached; its `retry_after` is the time until the window ends."""
-        for limit, keys in self._limits(account, caller):
-            if not self._limiter.test(limit, *keys):
-                reset_at = self._limiter.get_window_stats(limit, *keys).reset_time
-                raise errors.TooMany(
-                    "There were too many wrong passwords for this account. Wait a few minutes, then try again.",
-                    code="too_many_attempts",
-                    retry_after=max(1, round(reset_at - time.time())),
-                )
-
-    def count(self, account: str, caller: str) -> None:
-        """Counts one wrong password for an account from a caller's address."""
-        for limit, keys in self._limits(account, caller):
-            self._limiter.hit(limit, *keys)
-
-    def _limits(self, account: str, caller: str) -> tuple[tuple[RateLimitItemPerMinute, tuple[str, ...]], ...]:
-        return (FAILURES_BY_CALLER, (account, caller)), (FAILURES_BY_ACCOUNT, (account,))
-
-
 class Identity:
     """What the routes of this module need in addition to the database: passwords, tokens, throttle and settings."""
 
@@ -230,6 +200,14 @@ def load_secret(settings: Settings) -> bytes:
         return settings.jwt_secret.get_secret_value().encode()
     path = settings.data / "secret.key"
     secret = file_utils.create_once(path, secrets.token_hex(32).encode(), 0o600)
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
+        message = (
+            f"{path} must be a file that only its owner can read, because whoever has it can log in as anybody. "
+            "Delete it if others may have read it: the next start generates a new one, and all users must log in "
+            f"again. Otherwise: chmod 600 {path}"
+        )
+        raise errors.Unavailable(message, code="disk_unavailable")
     if len(secret.strip()) < 32:
         message = (
             f"{path} has fewer than 32 characters, which is not a safe secret. Set JWT_SECRET, or delete the file: "
