@@ -68,6 +68,16 @@ def test_an_archived_conversation_is_restored_with_its_history(gateway: Gateway)
     assert with_client(gateway, restore) == "seen: kept,back"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_archived_conversation_answers_the_next_message(gateway: Gateway, person: Person, stream: bool) -> None:
+    """The user notices nothing of the archive: the message is answered, and the agent knows the earlier ones."""
+    session = person.session()
+    person.say(session, "MARK-early")
+    archive(gateway, session["session_key"])
+    assert person.say(session, "MARK-late", stream=stream).text == "seen: early,late"
+    assert {message["status"] for message in person.messages(session)} == {"complete"}
+
+
 def test_a_reply_that_the_budget_cut_says_so(gateway: Gateway) -> None:
     """`finish_reason` is `length` in the stream and in what is recovered from the history."""
     key, chunks, since = str(uuid4()), list[Chunk](), iso_time(time.time())
