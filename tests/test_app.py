@@ -28,7 +28,7 @@ from .stand_in import StandIn
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-EXPOSED = {"X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"}
+EXPOSED = {"X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After", "X-More"}
 ORIGIN = "https://somewhere.example"
 Serve = Callable[..., Served]
 
