@@ -85,7 +85,7 @@ def test_health_tells_how_the_service_is(served: Served, carol: Person) -> None:
         "uptime_seconds": said["uptime_seconds"],
         "stale": False,
         "failed_start": None,
-        "database": {"ok": True, "sqlite": said["database"]["sqlite"]},
+        "database": {"ok": True, "detail": "", "oldest_write_seconds": 0.0, "sqlite": said["database"]["sqlite"]},
         "gateway": {
             "url": served.settings.clawdbot_base_url,
             "ok": True,
