@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 import auth
 import chat_handlers
@@ -24,6 +25,7 @@ import project_manager
 import sql
 import telemetry
 import web
+from guard import Guard
 from outbox import Outbox
 from replies import FINAL
 from runs import Runs
@@ -33,6 +35,8 @@ from web import Parts
 
 CHECK_GATEWAY_EVERY = 15  # seconds between two checks of the gateway
 DECODING = 2  # messages whose images are decoded at the same time
+
+ROUTERS = (auth.router, project_manager.router, chat_handlers.router, health.router)
 
 log = logging.getLogger("clawd.app")
 
@@ -57,15 +61,14 @@ def create_app(settings: Settings) -> FastAPI:
         version=health.VERSION,
         description="Private conversations of many users with an OpenClaw agent.",
         lifespan=_lifespan(settings, metrics),
-        middleware=web.middleware(settings.cors_origins, metrics),
+        middleware=[*web.middleware(settings.cors_origins, metrics), Middleware(Guard, ROUTERS)],
+        redirect_slashes=False,
         exception_handlers=web.EXCEPTION_HANDLERS,
     )
     app.state.turns = None  # set by the lifespan; `handover` lets these turns finish before its process exits
     app.state.failed_start = None  # `handover` stores here why newer code did not start
-    app.include_router(auth.router)
-    app.include_router(project_manager.router)
-    app.include_router(chat_handlers.router)
-    app.include_router(health.router)
+    for router in ROUTERS:
+        app.include_router(router)
     # type: FastAPI documents replacing this method as the way to extend the OpenAPI document.
     app.openapi = lambda: web.describe(app)  # type: ignore[method-assign]
     return app
@@ -143,9 +146,9 @@ async def _watch_gateway(openclaw: gateway.Gateway) -> None:
     logged = ""
     while True:
         state = await openclaw.check(max_age=0)
-        if state.detail != logged:
-            logged = state.detail
-            log.log(logging.INFO if state.ok else logging.WARNING, "gateway: %s", logged)
+        if state.summary != logged:
+            logged = state.summary
+            log.log(logging.INFO if state.ok and state.websocket.ok else logging.WARNING, "gateway: %s", logged)
         await asyncio.sleep(CHECK_GATEWAY_EVERY)
 
 

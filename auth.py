@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import re
 import secrets
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
 from fastapi import APIRouter, Depends, Request, status
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from jose import JWTError, jwt
 from limits import RateLimitItemPerMinute
@@ -20,6 +22,8 @@ from limits.strategies import FixedWindowRateLimiter
 from passlib.context import CryptContext
 from passlib.exc import UnknownHashError
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 import errors
 import file_utils
@@ -227,6 +231,14 @@ def load_secret(settings: Settings) -> bytes:
         return settings.jwt_secret.get_secret_value().encode()
     path = settings.data / "secret.key"
     secret = file_utils.create_once(path, secrets.token_hex(32).encode(), 0o600)
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
+        message = (
+            f"{path} must be a file that only its owner can read, because whoever has it can log in as anybody. "
+            "Delete it if others may have read it: the next start generates a new one, and all users must log in "
+            f"again. Otherwise: chmod 600 {path}"
+        )
+        raise errors.Unavailable(message, code="disk_unavailable")
     if len(secret.strip()) < 32:
         message = (
             f"{path} has fewer than 32 characters, which is not a safe secret. Set JWT_SECRET, or delete the file: "
@@ -263,19 +275,37 @@ _bearer = HTTPBearer(
 )
 
 
-async def _caller(
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    identity: OpenIdentity,
-    parts: OpenParts,
-) -> Caller:
-    if credentials is None:
+def authenticate(scope: Scope) -> Caller:
+    """Returns the caller of a request by its token, and keeps it in the scope. Raises errors.Unauthorized."""
+    known: Caller | None = scope.get("caller")
+    if known is not None:
+        return known
+    scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
         raise _unauthorized()
-    claims = identity.tokens.check(credentials.credentials)
-    user = parts.db.read(sql.select_user_by_token, claims.user_id, claims.version, claims.jti)
+    state = scope["state"]
+    claims = state["identity"].tokens.check(token.strip())
+    user = state["parts"].db.read(sql.select_user_by_token, claims.user_id, claims.version, claims.jti)
     if user is None:
         raise _unauthorized()
     telemetry.note(user_id=user.id)
-    return Caller(user, claims)
+    scope["caller"] = caller = Caller(user, claims)
+    return caller
+
+
+def needs_caller(route: APIRoute) -> bool:
+    """Returns True if a route answers 401 without a token."""
+    waiting = [route.dependant]
+    while waiting:
+        dependant = waiting.pop()
+        if dependant.call is _caller:
+            return True
+        waiting += dependant.dependencies
+    return False
+
+
+async def _caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
+    return authenticate(request.scope)
 
 
 async def _current_user(caller: Annotated[Caller, Depends(_caller)]) -> sql.User:

@@ -10,7 +10,7 @@ from sqlite3 import Connection
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.types import Receive, Scope, Send
 
 import errors
@@ -44,9 +44,17 @@ class ChatMessage(BaseModel):
     )
 
 
+def _only_the_last(messages: object) -> object:
+    """Leaves out what is not used, so that it is neither validated nor stored: a client may send megabytes of it."""
+    if not isinstance(messages, list):
+        return messages
+    users = (item for item in reversed(messages) if isinstance(item, dict) and item.get("role") == "user")
+    return [item for item in (next(users, None),) if item is not None]
+
+
 class ChatIn(Body):
     session_key: str = Field(max_length=200)
-    messages: list[ChatMessage] = Field(
+    messages: Annotated[list[ChatMessage], BeforeValidator(_only_the_last)] = Field(
         description="May contain the whole conversation. Only the last message with the role `user` is used."
     )
     stream: bool = False

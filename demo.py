@@ -45,9 +45,10 @@ PLAIN_ERRORS = {404: "Not Found", 503: "Service Unavailable"}
 class RefusedError(Exception):
     """A request that OpenClaw answers with an error of its own; without a message, with its usual one."""
 
-    def __init__(self, status: int, message: str | None = None) -> None:
+    def __init__(self, status: int, message: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
         self.message = message or ERRORS.get(status, ("internal error",))[0]
 
 
@@ -96,6 +97,10 @@ class DemoGateway:
             WebSocketRoute("/", self._websocket),
         ]
 
+    def now(self) -> int:
+        """The Unix time in milliseconds, by this gateway's clock."""
+        return int(time.time() * 1000)
+
     def check(self, request: Request) -> None:
         """Raises RefusedError for a request without the token."""
         if request.headers.get("authorization") != f"Bearer {self.token}":
@@ -132,22 +137,22 @@ class DemoGateway:
         yield frame(run_id, model, [], USAGE)
         yield b"data: [DONE]\n\n"
 
-    def record_reply(self, key: str, run_id: str, text: str) -> None:
+    def record_reply(self, key: str, run_id: str, text: str, stop_reason: str = "stop") -> None:
         """Appends a finished reply to a transcript."""
         content = [{"type": "text", "text": text}] if text else []
-        rest: Json = {"content": content, "stopReason": "stop", "usage": STORED_USAGE}
+        rest: Json = {"content": content, "stopReason": stop_reason, "usage": STORED_USAGE}
         self.record(key, {"runId": run_id}, role="assistant", **rest)
 
     def record(self, key: str, marks: Json | None = None, **item: Any) -> int:
         """Appends to a transcript, with marks as OpenClaw's own; returns how many messages the user has in it."""
         items = self.sessions.setdefault(key, [])
         marks = {**(marks or {}), "id": uuid.uuid4().hex[:8], "seq": len(items) + 1}
-        items.append({**item, "timestamp": int(time.time() * 1000), "__openclaw": marks})
+        items.append({**item, "timestamp": self.now(), "__openclaw": marks})
         return sum(item["role"] == "user" for item in items)
 
     async def _websocket(self, websocket: WebSocket) -> None:
         await websocket.accept()
-        challenge = {"nonce": str(uuid.uuid4()), "ts": int(time.time() * 1000)}
+        challenge = {"nonce": str(uuid.uuid4()), "ts": self.now()}
         await websocket.send_json({"type": "event", "event": "connect.challenge", "payload": challenge})
         connected = False
         async for text in websocket.iter_text():
@@ -183,6 +188,9 @@ class DemoGateway:
 
 async def _refuse(_: Request, refused: Exception) -> Response:
     status, message = (refused.status, refused.message) if isinstance(refused, RefusedError) else (500, "")
+    if isinstance(refused, RefusedError) and refused.code:
+        error = {"message": message, "type": "service_unavailable", "code": refused.code}
+        return JSONResponse({"error": error}, status, {"Retry-After": "1"})
     if status in PLAIN_ERRORS:
         return PlainTextResponse(PLAIN_ERRORS[status], status)
     kind = ERRORS.get(status, ("", "api_error"))[1]

@@ -61,10 +61,18 @@ class Health(BaseModel):
     gateway: GatewayHealth
 
 
+class WebSocketHealth(BaseModel):
+    ok: bool
+    detail: str
+
+
 class Ready(BaseModel):
     status: Literal["ready"]
     detail: str
     gateway_version: str | None
+    websocket: WebSocketHealth = Field(
+        description="Whether the gateway's WebSocket works. Deletes in the gateway and the recovery of replies need it."
+    )
 
 
 @dataclass(slots=True)
@@ -134,7 +142,8 @@ async def read_ready(parts: OpenParts) -> Ready:
     state = await parts.openclaw.check(max_age=1)
     if not state.ok:
         raise errors.Unavailable(state.detail, code="not_ready", retry_after=5)
-    return Ready(status="ready", detail=state.detail, gateway_version=state.version)
+    websocket = WebSocketHealth(ok=state.websocket.ok, detail=state.websocket.detail)
+    return Ready(status="ready", detail=state.detail, gateway_version=state.version, websocket=websocket)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, openapi_extra=errors.raises("unauthorized"))

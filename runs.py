@@ -82,21 +82,34 @@ class Runs:
         except errors.GatewayUnavailable:
             # No connection was made, so the agent has not received the message and a retry cannot make it act twice.
             await asyncio.sleep(RETRY_AFTER)
+        except errors.GatewayError as error:
+            if reply.length or error.code != "gateway_error" or not await self._restore(turn):
+                raise
         return await self._read(request, reply)
+
+    async def _restore(self, turn: sql.Turn) -> bool:
+        """Restores a conversation that the gateway has archived; True if it had. The gateway does not say so itself,
+        and refuses every message of such a conversation before its agent sees it."""
+        try:
+            return await self._gateway.restore(turn.agent_id, turn.session_key)
+        except errors.GatewayError as error:
+            log.warning("could not ask the gateway whether the conversation is archived: %s", error.message)
+            return False
 
     def _image_parts(self, files: Sequence[str]) -> list[dict[str, object]]:
         return [image_handler.content_part(self._images.load(file)) for file in files]
 
     async def _read(self, request: gateway.ChatRequest, reply: LiveReply) -> Outcome:
-        usage, asked = None, time.monotonic()
+        usage, reason, asked = None, None, time.monotonic()
         async with aclosing(self._gateway.stream(request)) as chunks:
-            async for text, run_id, usage in chunks:  # noqa: B007 - the last usage is read below
+            async for text, run_id, usage, reason in chunks:  # noqa: B007 - the last ones are read below
                 reply.run_id = run_id
                 if text and not reply.length:
                     reply.first_after = time.monotonic() - asked
                     self._metrics.time_first_token(reply.first_after)
                 reply.append(text)
-        return Outcome("complete" if reply.length else "empty", usage)
+        limited = reason if reason != "stop" else None
+        return Outcome("complete" if reply.length else "empty", usage, finish_reason=limited)
 
     async def recover(self, reply: LiveReply) -> Outcome:
         """Completes a dead worker's reply from the gateway's history, or else ends it as interrupted."""
@@ -107,7 +120,13 @@ class Runs:
         known = self._db.read(sql.select_known_runs, turn.session_id)
         try:
             found = await self._gateway.finished_reply(
-                turn.agent_id, turn.session_key, asked=turn.text, run_id=turn.run_id, known=known, got=reply.text()
+                turn.agent_id,
+                turn.session_key,
+                asked=turn.text,
+                run_id=turn.run_id,
+                known=known,
+                got=reply.text(),
+                since=reply.created_at,
             )
         except errors.GatewayError as error:
             log.warning("could not recover reply %d, ending it as interrupted: %s", reply.id, error.message)
@@ -116,4 +135,4 @@ class Runs:
             return interrupted()
         reply.run_id = found.run_id
         reply.append(found.text[reply.length :])
-        return Outcome("complete", found.usage)
+        return Outcome("complete", found.usage) if found.complete else interrupted()

@@ -9,6 +9,14 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 CHECKOUT = Path(__file__).resolve().parent
+MIN_INVITE_CODE = 8  # characters
+SWITCHES = {"disabled", "enabled", "invite-only", "invite_only", "restricted", "register", "everybody", "everyone"}
+# Parts of secrets that examples and templates contain, and that people leave as they are.
+PLACEHOLDERS = (
+    *("changeme", "change-me", "change_me", "change this", "change-this", "change_this", "replace-me", "placeholder"),
+    *("your-secret", "your_secret", "yoursecret", "256-bit", "supersecret", "super-secret", "super_secret", "insecure"),
+    *("secretkey", "secret-key", "secret_key", "jwt-secret", "jwt_secret", "jwtsecret", "example"),
+)
 
 
 def _absolute(path: Path) -> Path:
@@ -45,6 +53,27 @@ def _bearer(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _signing_secret(secret: SecretStr) -> SecretStr:
+    """Returns the secret that signs tokens. Raises ValueError if it is a well-known placeholder or hardly random:
+    whoever guesses it can log in as anybody."""
+    value = secret.get_secret_value()
+    repeats = any(value == (value[:period] * len(value))[: len(value)] for period in range(1, 17))
+    if repeats or len(set(value)) < 8 or any(word in value.lower() for word in PLACEHOLDERS):
+        raise ValueError("it is easy to guess; generate one, for example with: openssl rand -hex 32")
+    return secret
+
+
+def _signup(secret: SecretStr) -> SecretStr:
+    """Returns `open`, `closed` or an invite code. Raises ValueError for a code that is short or looks like a switch:
+    `SIGNUP=false` once let everybody in who wrote `false`."""
+    value = secret.get_secret_value()
+    if value.strip().lower() in ("open", "closed"):
+        return SecretStr(value.strip().lower())
+    if len(value) < MIN_INVITE_CODE or value.strip().lower() in SWITCHES:
+        raise ValueError(f"write `open`, `closed`, or an invite code of at least {MIN_INVITE_CODE} characters")
+    return secret
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
@@ -65,9 +94,9 @@ class Settings(BaseSettings):
     clawdbot_timeout: float = Field(1800, gt=0, le=172_800)
     public_base_url: HttpUrl | None = None
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ("*",)
-    jwt_secret: SecretStr | None = Field(None, min_length=32)
+    jwt_secret: Annotated[SecretStr, Field(min_length=32), AfterValidator(_signing_secret)] | None = None
     token_ttl: int = Field(7 * 86_400, ge=60, le=366 * 86_400)
-    signup: SecretStr = Field(SecretStr("open"), max_length=200)
+    signup: Annotated[SecretStr, Field(max_length=200), AfterValidator(_signup)] = SecretStr("open")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["plain", "json"] = "plain"
     metrics_token: Annotated[SecretStr, AfterValidator(_bearer)] | None = None

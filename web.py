@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi import Path as PathParam
@@ -32,7 +32,7 @@ from outbox import Outbox
 from settings import Settings
 from turns import Turns
 
-MAX_BODY = 32 * 1024 * 1024  # bytes: room for 20 MB of images in base64 and the text of the message
+MAX_MISTAKES = 20  # that a 422 lists
 
 log = logging.getLogger("clawd.app")
 
@@ -58,7 +58,13 @@ STATUSES: dict[type[errors.AppError], int] = {
 HTTP_ERRORS = {
     404: ("not_found", "There is no route at this address. See /docs for the routes."),
     405: ("method_not_allowed", "This address does not support this HTTP method. See /docs for the methods."),
-    413: ("request_too_large", "The request body is too large. Send at most 32 MB."),
+    408: ("request_timeout", "No part of the request body arrived for 10 s. Send the request again."),
+    413: (
+        "request_too_large",
+        "The request body is too large. Send at most 32 MB in a chat, 11 MB in a file, 1 MB elsewhere, and at most "
+        "100,000 values.",
+    ),
+    415: ("unsupported_media_type", "Send the body as JSON, with the header `Content-Type: application/json`."),
     400: ("invalid_request", "The request body cannot be parsed. Send valid JSON in UTF-8."),
 }
 
@@ -73,19 +79,21 @@ class Body(BaseModel):
     """Base class of the JSON objects in request bodies. Refuses a body in which any string, at any depth, contains a
     lone surrogate, because such text cannot be encoded as UTF-8 for SQLite, a file or the gateway."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_surrogates(cls, data: object) -> object:
-        unchecked = [data]
+    @model_validator(mode="after")
+    def _refuse_surrogates(self) -> Self:
+        """Looks at the values that are used, not at all that was sent."""
+        unchecked: list[object] = [self]
         while unchecked:
             value = unchecked.pop()
-            if isinstance(value, dict):
+            if isinstance(value, BaseModel):
+                unchecked += value.__dict__.values()
+            elif isinstance(value, dict):
                 unchecked += [*value.keys(), *value.values()]
             elif isinstance(value, list):
                 unchecked += value
             elif isinstance(value, str):
                 _check_unicode(value)
-        return data
+        return self
 
 
 def _check_unicode(text: str) -> None:
@@ -148,7 +156,8 @@ def _status(kind: type[errors.AppError]) -> int:
     return next(STATUSES[base] for base in kind.__mro__ if base in STATUSES)
 
 
-def _error_response(error: errors.AppError) -> JSONResponse:
+def error_response(error: errors.AppError) -> JSONResponse:
+    """Returns the response for an error of ours."""
     status = _status(type(error))
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if status in (429, 503) or error.retry_after is not None:
@@ -162,15 +171,16 @@ def _error_response(error: errors.AppError) -> JSONResponse:
 
 async def _answer_app_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.AppError)  # noqa: S101 - narrows the type; registered for this class only
-    return _error_response(error)
+    return error_response(error)
 
 
 async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - narrows the type; registered for this class only
-    return _http_error_response(error.status_code, error.headers)
+    return http_error_response(error.status_code, error.headers)
 
 
-def _http_error_response(status: int, headers: Mapping[str, str] | None) -> JSONResponse:
+def http_error_response(status: int, headers: Mapping[str, str] | None) -> JSONResponse:
+    """Returns the response for a status that HTTP itself calls for."""
     code, detail = HTTP_ERRORS.get(status, ("http_error", f"The request failed with HTTP status {status}."))
     return JSONResponse({"detail": detail, "code": code}, status, headers)
 
@@ -179,7 +189,7 @@ async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse
     assert isinstance(error, RequestValidationError)  # noqa: S101 - narrows the type; registered for this class only
     # `input` and `ctx` are left out: they repeat what was sent, which may be a password, or text with a lone surrogate
     # that cannot be encoded in the response.
-    detail = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()]
+    detail = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()[:MAX_MISTAKES]]
     return JSONResponse({"detail": detail, "code": "invalid_request"}, 422)
 
 
@@ -193,6 +203,14 @@ EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Corouti
 # --- middleware -------------------------------------------------------------------------------------
 
 
+class RefusedError(Exception):
+    """A request that is answered with a status of HTTP_ERRORS, before it reaches a route."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 class StartFailedError(Exception):
     """The service cannot start, because a setting cannot be used. The message names the setting and the cause."""
 
@@ -204,13 +222,12 @@ def middleware(origins: Sequence[str], metrics: telemetry.Metrics) -> list[Middl
         Middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],  # safe, because the service authenticates by a header and never by cookies
             expose_headers=["X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"],
             max_age=86_400,
         ),
         Middleware(CatchAll),
-        Middleware(BodyLimit),
     ]
 
 
@@ -297,33 +314,7 @@ class CatchAll:
             failed = errors.AppError(
                 "An unexpected error occurred on the server. Give the operator the X-Request-ID of this response."
             )
-            await _error_response(failed)(scope, receive, send)
-
-
-class BodyLimit:
-    """Refuses a request body of more than MAX_BODY bytes: at once if its Content-Length exceeds that, otherwise as soon
-    as more bytes have arrived."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one ASGI connection."""
-        received = 0
-
-        async def receive_and_count() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY:
-                raise HTTPException(413)
-            return message
-
-        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if declared.isdecimal() and int(declared[:18]) > MAX_BODY:
-            await _http_error_response(413, None)(scope, receive, send)
-        else:
-            await self._app(scope, receive_and_count, send)
+            await error_response(failed)(scope, receive, send)
 
 
 # --- OpenAPI ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Translates the gateway's failures into errors that say what happened, who can fix it, and whether to retry."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,8 +26,18 @@ def incomplete() -> errors.GatewayError:
     )
 
 
-def refused(status: int, retry_after: str | None) -> errors.GatewayError:
-    """Returns the error for a status other than 200. `retry_after` is the value of that header."""
+def unavailable(retry_after: float = 5) -> errors.GatewayUnavailable:
+    """Returns the error for a gateway that suspends or drains: it finishes what runs and accepts nothing new."""
+    return errors.GatewayUnavailable(
+        "OpenClaw is suspending or restarting and accepts nothing new until it is back. Try again in a few seconds. "
+        "If the error persists, the operator should restart the gateway (openclaw gateway run).",
+        retryable=True,
+        retry_after=max(1, round(retry_after)),
+    )
+
+
+def refused(status: int, retry_after: str | None, body: str = "") -> errors.GatewayError:
+    """Returns the error for a status other than 200. `retry_after` is the value of that header, `body` the answer."""
     if status in (401, 403):
         return errors.GatewayError(
             "OpenClaw rejected this service's token. The operator should set CLAWDBOT_TOKEN to the gateway's "
@@ -54,16 +65,25 @@ def refused(status: int, retry_after: str | None) -> errors.GatewayError:
             retryable=False,
         )
     if status >= 500:
-        return errors.GatewayError(
+        failed = errors.GatewayError(
             f"OpenClaw failed (status {status}). Try again. If the error persists, the operator should look at the "
             "gateway's log.",
             retryable=True,
         )
+        return unavailable() if _code_of(body) == "gateway_unavailable" else failed
     return errors.GatewayError(
         f"OpenClaw refused the message (status {status}). Check that the session's agent exists in OpenClaw. The "
         "gateway's answer is in this service's log.",
         retryable=False,
     )
+
+
+def _code_of(body: str) -> object:
+    try:
+        error = json.loads(body)["error"]
+        return error.get("code")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None  # the body of a proxy, or of another program
 
 
 @asynccontextmanager
@@ -83,6 +103,10 @@ async def explained(url: str) -> AsyncIterator[None]:
             "OpenClaw sent nothing for longer than CLAWDBOT_TIMEOUT allows. Try again, or have the operator raise it.",
             retryable=True,
         ) from error
+    except aiohttp.WSServerHandshakeError as error:
+        if error.status == 503:  # OpenClaw's answer while it suspends or drains
+            raise unavailable() from error
+        raise (refused(error.status, None) if error.status in (401, 403, 429) else no_completion()) from error
     except aiohttp.ClientResponseError as error:
         raise no_completion() from error
     except aiohttp.ClientError as error:

@@ -1,49 +1,105 @@
-"""Calls the gateway's WebSocket methods, and finds replies in the history that one of them returns."""
+"""Calls the gateway's WebSocket methods."""
 
 import asyncio
 import logging
-from typing import NamedTuple
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import aiohttp
 
-from .completions import MAX_FRAME, usage_of
-from .failures import explained, no_completion, refused
+import errors
+
+from .completions import MAX_FRAME
+from .failures import explained, incomplete, no_completion, refused, unavailable
 
 log = logging.getLogger("clawd.gateway")
 
 
-RPC_TIMEOUT = 10  # seconds
-HISTORY = {"limit": 50, "maxChars": 500_000}  # the maximum of text that chat.history returns
+RPC_TIMEOUT = 10  # seconds for a connection with all its calls
+CLOSE_TIMEOUT = 1  # seconds that the gateway has to answer the closing of a connection
+SCOPES = ("operator.read", "operator.write", "operator.admin")
+POLICY_VIOLATION = 1008  # the code with which the gateway closes a connection that it does not allow
 
 
-class Finished(NamedTuple):
-    """A finished reply in the gateway's history."""
+class Connection:
+    """A connection that the gateway has accepted.
 
-    text: str
-    run_id: str
-    usage: dict[str, int] | None
+    `clock_ahead` is the number of seconds by which the gateway's clock is ahead of ours; 0 if they may be equal.
+    """
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self.clock_ahead = 0.0
+
+    async def call(self, method: str, params: dict[str, object]) -> dict[str, object]:
+        """Calls a method and returns the payload of its answer. Raises errors.GatewayError."""
+        await self._socket.send_json({"type": "req", "id": method, "method": method, "params": params})
+        frame = await self._next_frame()
+        while frame.get("id") != method:
+            frame = await self._next_frame()
+        if not frame.get("ok"):
+            raise _refusal(method, frame.get("error"))
+        payload = frame.get("payload")
+        return payload if isinstance(payload, dict) else {}
+
+    async def open(self, token: str, began: float) -> None:
+        """Reads the gateway's clock and authenticates. `began` is the Unix time before the connection was made."""
+        challenge = (await self._next_frame()).get("payload")
+        sent = challenge.get("ts") if isinstance(challenge, dict) else None
+        if isinstance(sent, int | float):
+            # The gateway sent this between `began` and now: of the differences that fit, take the least.
+            least, most = sent / 1000 - time.time(), sent / 1000 - began
+            self.clock_ahead = min(max(least, 0.0), most)
+        granted = (await self.call("connect", _hello(token))).get("auth")
+        scopes = granted.get("scopes") if isinstance(granted, dict) else None
+        if isinstance(scopes, list) and not set(SCOPES) <= {str(scope) for scope in scopes}:
+            log.warning("the gateway granted only the scopes %.300r", scopes)
+            raise refused(403, None)
+
+    async def _next_frame(self) -> dict[str, object]:
+        message = await self._socket.receive()
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            raise refused(401, None) if self._socket.close_code == POLICY_VIOLATION else incomplete()
+        frame = message.json()
+        if not isinstance(frame, dict):
+            raise no_completion()
+        return frame
 
 
 class Rpc:
-    """A client of the gateway's WebSocket protocol. It opens a connection for each call."""
+    """A client of the gateway's WebSocket protocol."""
 
     def __init__(self, client: aiohttp.ClientSession, url: str, token: str) -> None:
         self._client = client
         self._url = url
         self._token = token
 
-    async def call(self, method: str, params: dict[str, object]) -> dict[str, object]:
-        """Calls a method and returns the payload of its answer. Raises errors.GatewayError."""
+    @asynccontextmanager
+    async def connection(self, seconds: float = RPC_TIMEOUT) -> AsyncIterator[Connection]:
+        """Opens a connection, for at most this time. Its block may raise errors.GatewayError."""
+        began = time.time()
+        options = aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT)
         try:
             async with (
                 explained(self._url),
-                asyncio.timeout(RPC_TIMEOUT),
-                self._client.ws_connect(self._url, max_msg_size=MAX_FRAME) as socket,
+                asyncio.timeout(seconds),
+                self._client.ws_connect(self._url, max_msg_size=MAX_FRAME, timeout=options) as socket,
             ):
-                await _request(socket, "connect", _hello(self._token))
-                return await _request(socket, method, params)
-        except (ValueError, TypeError) as error:  # frames that are not JSON or not text
+                connection = Connection(socket)
+                await connection.open(self._token, began)
+                yield connection
+        except errors.GatewayTimeout as error:
+            raise errors.GatewayTimeout(
+                f"OpenClaw did not answer over WebSocket within {seconds:g} seconds.", retryable=True
+            ) from error
+        except ValueError as error:  # a frame that is not JSON
             raise no_completion() from error
+
+    async def call(self, method: str, params: dict[str, object]) -> dict[str, object]:
+        """Calls one method and returns the payload of its answer. Raises errors.GatewayError."""
+        async with self.connection() as connection:
+            return await connection.call(method, params)
 
 
 def _hello(token: str) -> dict[str, object]:
@@ -52,58 +108,19 @@ def _hello(token: str) -> dict[str, object]:
         "maxProtocol": 4,
         "client": {"id": "gateway-client", "version": "1.0.0", "platform": "linux", "mode": "backend"},
         "role": "operator",
-        "scopes": ["operator.read", "operator.write", "operator.admin"],
+        "scopes": list(SCOPES),
         "caps": [],
         "auth": {"token": token},
     }
 
 
-async def _request(
-    socket: aiohttp.ClientWebSocketResponse, method: str, params: dict[str, object]
-) -> dict[str, object]:
-    await socket.send_json({"type": "req", "id": method, "method": method, "params": params})
-    while True:
-        frame = await socket.receive_json()
-        if frame.get("id") == method:
-            break
-    if not frame.get("ok"):
-        error = frame.get("error") or {}
-        log.warning("the gateway refused the call %s: %.300r", method, error.get("message"))
-        raise refused(401 if "unauthorized" in str(error.get("message")).lower() else 503, None)
-    payload = frame.get("payload")
-    return payload if isinstance(payload, dict) else {}
-
-
-def find_reply(
-    items: list[dict[str, object]], asked: str, run_id: str | None, known: set[str], got: str
-) -> Finished | None:
-    """Returns the finished reply among the items of `chat.history`, or None.
-
-    The other arguments are those of `Gateway.finished_reply`.
-    """
-    last = max((at for at, item in enumerate(items) if item.get("role") == "user"), default=-1)
-    replies = [item for item in items[last + 1 :] if item.get("role") == "assistant"]
-    if last < 0 or not replies or replies[-1].get("stopReason") != "stop":
-        return None
-    notes = [item.get("__openclaw") for item in replies]
-    runs = {note.get("runId") for note in notes if isinstance(note, dict)}
-    cut = any(isinstance(note, dict) and note.get("truncated") for note in notes)
-    ours = runs == {run_id} if run_id else _text_of(items[last]) == asked and not runs & known
-    if cut or not ours or len(runs) != 1:
-        return None
-    texts = [_text_of(item) for item in replies]
-    text = next((text for text in ("".join(texts), "\n\n".join(texts)) if text.startswith(got)), None)
-    found = next(iter(runs))
-    if not text or not isinstance(found, str):
-        return None
-    raw = replies[-1].get("usage")
-    usage = usage_of(raw, "input", "output", "totalTokens") if isinstance(raw, dict) else None
-    return Finished(text, found, usage)
-
-
-def _text_of(item: dict[str, object]) -> str:
-    content = item.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+def _refusal(method: str, error: object) -> errors.GatewayError:
+    said = error if isinstance(error, dict) else {}
+    log.warning("the gateway refused the call %s: %.50r %.300r", method, said.get("code"), said.get("message"))
+    if "unauthorized" in str(said.get("message")).lower() or said.get("code") in ("FORBIDDEN", "NOT_PAIRED"):
+        return refused(401, None)
+    if said.get("code") == "UNAVAILABLE":
+        return unavailable()
+    return errors.GatewayError(
+        f"OpenClaw refused the call {method}. The operator should look at this service's log.", retryable=True
+    )

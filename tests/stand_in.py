@@ -20,9 +20,10 @@ from typing import Literal
 
 import uvicorn
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from demo import USAGE, DemoGateway, Json, RefusedError, encoded, event
 
@@ -35,6 +36,7 @@ PICTURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|..
 # Two characters a word at least; most take several bytes each, so that a cut is likely to hit one.
 WORDS = ("Hello ", "naïve ", "Grüße, ", "日本語", "👩‍👩‍👧‍👦", '"C:\\dir" ', "a\n\nb", "x\u2028y", "n\u0303 ", "€ ")
 FAILED: Json = {"error": {"message": "internal error", "type": "api_error"}}
+DRAINING = "Gateway is temporarily unavailable while suspending or restarting"
 BAD_IMAGE = "Invalid image_url content in `messages`."
 # What `[[end=...]]` may say: OpenClaw itself holds the run for done; the body is this and no more; the rest.
 COMPLETE = ("done", "no_done", "empty", "blank", "surrogates")
@@ -42,12 +44,23 @@ BODIES = {
     "garbage": b"\x00\xffnothing that resembles\xfe an event stream\r\r\n{]",
     "html": b"<!doctype html><title>Welcome</title><h1>Some other server</h1>",
 }
+# What the standard lets a stream contain without meaning anything, and what other servers send between two chunks.
+ODD_LINES = b"retry: 3\nnonsense: 1\na line without a colon\nevent: message\nid\n"
+ODD_EVENTS = (
+    b'data:\n\ndata: {"error":null}\n\ndata: {"choices":null,"usage":null}\n\ndata: {"choices":[{"index":0}]}\n\n'
+    b'data: {"choices":[{"index":1,"delta":{"content":"another choice"}}]}\n\n'
+    b'data: {"choices":[{"index":0,"delta":null,"finish_reason":null}]}\n\n'
+)
 ENDS = (*COMPLETE, *BODIES, "eof", "drop", "error", "hang", "badjson")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a message's directive asks for. Times are in seconds, `size` counts characters, `big` bytes."""
+    """What a message's directive asks for. Times are in seconds, `size` counts characters, `big` bytes.
+
+    `odd` adds what a reader must ignore; a `deaf` run does not notice that its caller left; `finish` is the reason
+    for the end; it `says` these chunks, which `|` separates, with `_` for a space.
+    """
 
     chunks: int = 10
     size: int = 12
@@ -60,6 +73,10 @@ class Plan:
     split: int = 0
     crlf: int = 0
     comments: int = 0
+    odd: int = 0
+    deaf: int = 0
+    finish: str = "stop"
+    says: str = ""
 
     @classmethod
     def of(cls, text: str) -> "Plan":
@@ -78,6 +95,8 @@ class Plan:
         """The contents of the chunks, the same for the same plan."""
         if self.end in ("empty", "blank"):
             return [NO_RESPONSE] * (self.end == "empty")
+        if self.says:
+            return self.says.replace("_", " ").split("|")
         if self.big:
             return ["é" * (self.big // 2) + "e" * (self.big % 2)]
         total = self.chunks * self.size
@@ -130,6 +149,7 @@ class Run:
     run_id: str = field(default_factory=lambda: f"chatcmpl_{uuid.uuid4()}")
     state: Literal["running", "complete", "aborted", "failed"] = "running"
     sent: int = 0
+    written: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def frame(self, kind: str, choices: list[Json], usage: Json | None = None) -> Json:
@@ -167,9 +187,13 @@ def _picture(url: str) -> bytes:
 
 async def _wire(plan: Plan, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The frames as the plan wants them on the wire."""
+    start_of_stream = b"\xef\xbb\xbf"
     async for frame in frames:
         data = b": a comment\n\n: another\n" + frame if plan.comments else frame
         data = data.replace(b"\n", b"\r\n") if plan.crlf else data
+        if plan.odd:
+            last = b"data: [DONE]" if frame.startswith(b"data: [DONE]") else data + ODD_EVENTS
+            data, start_of_stream = start_of_stream + (ODD_LINES + last).replace(b"\n", b"\r"), b""
         step = plan.split or len(data)
         for start in range(0, len(data), step):
             yield data[start : start + step]
@@ -182,11 +206,14 @@ async def _left(receive: Receive) -> None:
 
 
 class _Answer(StreamingResponse):
-    """A run's body. A caller who leaves ends the run; `over(left)` is called whatever the end."""
+    """A run's body. A caller who leaves ends the run, unless it is deaf; `over(left)` is called whatever the end."""
 
-    def __init__(self, body: AsyncIterator[bytes], kind: str, cut: bool, over: Callable[[bool], None]) -> None:
+    def __init__(
+        self, body: AsyncIterator[bytes], kind: str, cut: bool, over: Callable[[bool], None], deaf: bool = False
+    ) -> None:
         super().__init__(body, headers={"Cache-Control": "no-cache"}, media_type=kind)
         self._cut = cut
+        self._deaf = deaf
         self._over = over
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,6 +221,8 @@ class _Answer(StreamingResponse):
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if self._deaf:
+                await sending
         finally:
             self._over(leaving.done() and not sending.done())
             leaving.cancel()
@@ -233,7 +262,9 @@ class StandIn(DemoGateway):
     """The gateway, in a thread of its own: `with StandIn() as gateway: ... gateway.url ...`.
 
     It may be stopped and started again on its port; its sessions outlive that, as OpenClaw's do.
-    `requests`, `runs` and `deleted` grow in the order of what happens; `sessions` holds the transcripts.
+    `requests`, `runs` and `deleted` grow in the order of events; `sessions` holds the transcripts, `archived` the keys
+    of archived conversations. Its clock is `clock_ahead` seconds ahead. While it is `draining`, it refuses new work.
+    `websocket_status` is the HTTP status with which it refuses a WebSocket, or 0 to leave it without an answer.
     """
 
     def __init__(self, port: int = 0, token: str = "stand-in-token") -> None:  # noqa: S107 - of tests
@@ -241,6 +272,10 @@ class StandIn(DemoGateway):
         self.host = "127.0.0.1"
         self.port = port
         self.endpoint_enabled = True
+        self.draining = False
+        self.websocket_status: int | None = None
+        self.archived: set[str] = set()
+        self.clock_ahead = 0.0
         self.requests: list[Received] = []
         self.runs: list[Run] = []
         self.deleted: list[str] = []
@@ -298,8 +333,14 @@ class StandIn(DemoGateway):
         """The demo's, and one that lists the runs."""
         return [*super().routes(), Route("/_requests", self._list_runs)]
 
+    def now(self) -> int:
+        """As in the demo, by a clock that may be wrong."""
+        return super().now() + int(self.clock_ahead * 1000)
+
     def check(self, request: Request) -> None:
-        """As in the demo; the endpoint may be off."""
+        """As in the demo; the endpoint may be off, or the gateway draining."""
+        if self.draining:
+            raise RefusedError(503, DRAINING, "gateway_unavailable")
         if not self.endpoint_enabled:
             raise RefusedError(404)
         super().check(request)
@@ -321,8 +362,13 @@ class StandIn(DemoGateway):
         plan = Plan.of(text)
         if plan.status != 200:
             raise RefusedError(plan.status)
-        await self._claim(key)
         run = Run(key, text, body["model"])
+        if key in self.archived:
+            if not body.get("stream"):
+                raise RefusedError(500)
+            failed = run.chunk({"role": "assistant"}) + event(FAILED) + b"data: [DONE]\n\n"
+            return Response(failed, media_type="text/event-stream")
+        await self._claim(key)
         self.runs.append(run)
         number = self.record(key, role="user", content=text)
         return self._answer(run, plan, _pieces(text, number, images), body)
@@ -346,7 +392,7 @@ class StandIn(DemoGateway):
         else:
             frames, kind = self._completion(run, plan, pieces), "application/json"
         kind = "text/html" if plan.end == "html" else kind
-        return _Answer(_wire(plan, frames), kind, plan.end == "drop", over)
+        return _Answer(_wire(plan, frames), kind, plan.end == "drop", over, bool(plan.deaf))
 
     async def _stream(self, run: Run, plan: Plan, pieces: list[str], with_usage: bool) -> AsyncIterator[bytes]:
         if plan.end in BODIES:
@@ -357,6 +403,7 @@ class StandIn(DemoGateway):
         for index, piece in enumerate(pieces):
             await asyncio.sleep(plan.delay if index else 0)
             run.sent += len(piece)
+            run.written += piece
             yield run.chunk({"content": piece})
         if plan.end == "hang":
             await asyncio.Event().wait()
@@ -367,9 +414,9 @@ class StandIn(DemoGateway):
         elif plan.end == "badjson":
             yield b'data: {"id":"chatcmpl_\n\n'
         if plan.end in COMPLETE:
-            self._complete(run, pieces)
+            self._complete(run, pieces, plan.finish)
         if plan.end in (*COMPLETE, "badjson"):
-            yield run.chunk({}, "stop")
+            yield run.chunk({}, plan.finish)
             if with_usage:
                 yield event(run.frame("chat.completion.chunk", [], USAGE))
             if plan.end != "no_done":
@@ -380,10 +427,10 @@ class StandIn(DemoGateway):
         if plan.end == "hang":
             await asyncio.Event().wait()
         message = {"role": "assistant", "content": _joined(pieces)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": plan.finish}
         whole = encoded(run.frame("chat.completion", [choice], USAGE))
         if plan.end in COMPLETE:
-            self._complete(run, pieces)
+            self._complete(run, pieces, plan.finish)
             yield whole
         else:
             yield BODIES.get(plan.end, encoded(FAILED) if plan.end == "error" else whole[:-20])
@@ -401,16 +448,57 @@ class StandIn(DemoGateway):
             raise RefusedError(400, f"The session key '{key}' is not one of agent '{agent}'.")
         return key
 
-    def _complete(self, run: Run, pieces: list[str]) -> None:
+    def _complete(self, run: Run, pieces: list[str], reason: str) -> None:
         text = "" if pieces == [NO_RESPONSE] else _joined(pieces)
-        self.record_reply(run.session_key, run.run_id, text)
+        self.record_reply(run.session_key, run.run_id, text, reason)
         run.state = "complete"
 
+    async def _websocket(self, websocket: WebSocket) -> None:
+        status = 503 if self.draining else self.websocket_status
+        if status == 0:
+            await asyncio.Event().wait()
+        elif status:
+            await websocket.send_denial_response(PlainTextResponse("Service unavailable", status))
+        else:
+            await super()._websocket(websocket)
+
+    def _in_flight(self, key: str) -> Json:
+        running = [run for run in self.runs if run.session_key == key and run.state == "running"]
+        info: Json = {"sessionInfo": {"hasActiveRun": bool(running)}}
+        if running:
+            run = running[-1]
+            written = {"text": _joined([run.written]), "startedAt": self.now(), "sessionAbortable": True}
+            info["inFlightRun"] = {"runId": run.run_id, **written}
+        return info
+
+    def _describe(self, key: str) -> Json:
+        if key not in self.sessions:
+            return {"session": None}
+        archived = key in self.archived
+        rest = {"archivedAt": int(time.time() * 1000), "archiveReason": "age-retention"} if archived else {}
+        return {"session": {"key": key, "sessionId": _session_id(key), "archived": archived, **rest}}
+
+    def _patch(self, params: Json) -> Json:
+        key = params["key"]
+        if "archived" in params:
+            if "expectedSessionId" not in params:
+                raise RefusedError(400, f"expectedSessionId required for session lifecycle patch: {key}")
+            if params["expectedSessionId"] != _session_id(key):
+                raise RefusedError(400, f"Session {key} changed before patch. Retry.")
+            (self.archived.add if params["archived"] else self.archived.discard)(key)
+        return {"ok": True, "key": key, "entry": {"sessionId": _session_id(key)}}
+
     def call(self, method: str, params: Json) -> Json:
-        """As in the demo, with the sessions that were deleted, a list of sessions, and texts cut as OpenClaw cuts."""
+        """As in the demo, with the sessions that were deleted or archived, a list of sessions, the run in flight, and
+        texts cut as OpenClaw cuts."""
         match method:
             case "sessions.delete":
                 self.deleted.append(params["key"])
+                self.archived.discard(params["key"])
+            case "sessions.describe":
+                return self._describe(params["key"])
+            case "sessions.patch":
+                return self._patch(params)
             case "sessions.list":
                 keys = list(self.sessions)[: params.get("limit")]
                 return {"count": len(keys), "sessions": [{"key": key} for key in keys]}
@@ -419,8 +507,13 @@ class StandIn(DemoGateway):
                 if cap > 500_000:
                     raise RefusedError(400, "invalid chat.history params: at /maxChars: must be <= 500000")
                 payload = super().call(method, params)
-                return {**payload, "messages": [_shown(item, cap) for item in payload["messages"]]}
+                shown = [_shown(item, cap) for item in payload["messages"]]
+                return {**payload, "messages": shown, **self._in_flight(params["sessionKey"])}
         return super().call(method, params)
+
+
+def _session_id(key: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, key))
 
 
 def _shown(item: Json, cap: int) -> Json:

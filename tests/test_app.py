@@ -156,7 +156,12 @@ def test_ready_follows_the_gateway(serve: Serve, openclaw: StandIn) -> None:
         body: JSON = answer.json()
         return body
 
-    assert ready(200) == {"status": "ready", "detail": ready(200)["detail"], "gateway_version": "stand-in"}
+    assert {**ready(200), "detail": ""} == {
+        "status": "ready",
+        "detail": "",
+        "gateway_version": "stand-in",
+        "websocket": {"ok": True, "detail": "OpenClaw's WebSocket answers."},
+    }
     openclaw.stop()
     stopped = ready(503)
     assert set(stopped) == {"detail", "code"}
@@ -242,7 +247,8 @@ def pieces() -> Iterator[bytes]:
 
 ERRORS: dict[str, tuple[JSON, int, str]] = {
     "no route": ({"method": "GET", "url": "/nowhere"}, 404, "not_found"),
-    "no route, odd path": ({"method": "GET", "url": "/%ff%00%0a/../\N{GRINNING FACE}"}, 404, "not_found"),
+    "no route, odd path": ({"method": "GET", "url": "/%ff/../\N{GRINNING FACE}"}, 404, "not_found"),
+    "a control character": ({"method": "GET", "url": "/%ff%00%0a/x"}, 400, "invalid_path"),
     "no such method": ({"method": "PATCH", "url": "/projects"}, 405, "method_not_allowed"),
     "anonymous": ({"method": "GET", "url": "/projects"}, 401, "unauthorized"),
     "no JSON": ({"method": "POST", "url": "/auth/login", "content": b"{"}, 422, "invalid_request"),
@@ -251,11 +257,11 @@ ERRORS: dict[str, tuple[JSON, int, str]] = {
     "no number": ({"method": "POST", "url": "/auth/login", "content": b"NaN"}, 422, "invalid_request"),
     "no field": ({"method": "POST", "url": "/auth/login", "content": b"{}"}, 422, "invalid_request"),
     "no UTF-8": ({"method": "POST", "url": "/auth/login", "content": b'{"email":"\xff"}'}, 400, "invalid_request"),
-    "nested deeply": ({"method": "POST", "url": "/auth/login", "content": b"[" * 100_000}, 400, "invalid_request"),
+    "nested deeply": ({"method": "POST", "url": "/auth/login", "content": b"[" * 50_000}, 400, "invalid_request"),
     "a long number": ({"method": "POST", "url": "/auth/login", "content": b"9" * 5000}, 400, "invalid_request"),
     "too large": ({"method": "POST", "url": "/auth/login", "content": TOO_MUCH}, 413, "request_too_large"),
     "too large, no length": ({"method": "POST", "url": "/auth/login", "content": pieces}, 413, "request_too_large"),
-    "too large for nobody": ({"method": "POST", "url": "/nowhere", "content": TOO_MUCH}, 413, "request_too_large"),
+    "too large for nobody": ({"method": "POST", "url": "/nowhere", "content": TOO_MUCH}, 404, "not_found"),
     "ours": ({"method": "GET", "url": "/broken"}, 500, "internal_error"),
 }
 
@@ -275,14 +281,6 @@ def test_an_error_has_one_shape(stranger: httpx.Client, what: str) -> None:
     assert "a secret of the inside" not in answer.text
     assert answer.headers["X-Request-ID"] == "mine"
     assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-
-
-def test_32_mb_are_not_too_large(stranger: httpx.Client) -> None:
-    """A body of exactly 32 MB is parsed: its error is about the content."""
-    body = b'{"email": "x", "password": "'
-    body += b"x" * (32 * 1024 * 1024 - len(body) - 2) + b'"}'
-    answer = stranger.post("/auth/login", content=body, headers={"Content-Type": "application/json"})
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
 
 def test_a_wrong_request_is_not_repeated_to_its_sender(stranger: httpx.Client) -> None:
@@ -438,7 +436,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Person, J
         image = ada.messages(session)[0]["image"]
         assert ada.http.get(image).status_code == 200
         odd = "/nowhere%0aFORGED%0d%0aFORGED%1b[31mFORGED%e2%80%a8FORGED"
-        assert ada.http.get(odd, headers={"X-Request-ID": "odd-4"}).status_code == 404
+        assert ada.http.get(odd, headers={"X-Request-ID": "odd-4"}).status_code == 400
         yield ada, {"session": session, "image": image}, service
 
 
@@ -474,7 +472,7 @@ def test_nobody_forges_lines_of_the_log(logged: tuple[Person, JSON, Service]) ->
     lines = re.split("[\n\r\u2028]", logged[2].output())
     forged = [line for line in lines if "FORGED" in line]
     assert len(forged) == 1
-    assert "[odd-4]" in forged[0] and " 404 " in forged[0]
+    assert "[odd-4]" in forged[0] and " 400 " in forged[0]
     assert forged[0].isprintable()
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("handover",),
     ("app", "admin"),
     ("backup",),
-    ("project_manager", "chat_handlers", "health"),
+    ("project_manager", "chat_handlers", "health", "guard"),
     ("auth",),
     ("web",),
     ("turns",),
@@ -46,7 +46,7 @@ def files() -> Iterator[str]:
 ROOMS = tuple(sorted(files()))
 PACKAGES = {noun for noun in NOUNS if (CHECKOUT / noun).is_dir()}
 WITHIN_LAYER = {("file_utils", "errors")}  # the only allowed import from the same layer
-WEB = {"app", "auth", "project_manager", "chat_handlers", "web", "health"}
+WEB = {"app", "auth", "project_manager", "chat_handlers", "web", "health", "guard"}
 # The third-party packages, each with the rooms that may import it.
 OWNERS = {
     "fastapi": WEB,

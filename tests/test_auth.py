@@ -20,6 +20,9 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+import auth
+import errors
+
 from .conftest import make_settings
 from .service import JSON, Person, Served, until
 from .stand_in import StandIn
@@ -681,3 +684,21 @@ def test_the_header_is_bearer_and_a_token(served: Served, carol: Person, header:
     answer = HTTP.get(f"{served.url}/auth/me", headers=headers)
     assert answer.status_code == status
     assert answer.headers.get("WWW-Authenticate") == (None if status == 200 else "Bearer")
+
+
+@pytest.mark.parametrize("fault", ["readable by the group", "readable by all", "a link"])
+def test_a_secret_that_others_may_have_read_stops_the_start(tmp_path: Path, openclaw: StandIn, fault: str) -> None:
+    """The sentence names the file and what to do; the file stays as it is."""
+    settings = make_settings(tmp_path, openclaw, jwt_secret=None)
+    key, secret = settings.data / "secret.key", b"0123456789abcdef0123456789abcdef"
+    if fault == "a link":
+        (tmp_path / "elsewhere").write_bytes(secret)
+        (tmp_path / "elsewhere").chmod(0o600)
+        key.symlink_to(tmp_path / "elsewhere")
+    else:
+        key.write_bytes(secret)
+        key.chmod(0o640 if "group" in fault else 0o604)
+    with pytest.raises(errors.Unavailable, match="only its owner can read") as refused:
+        auth.load_secret(settings)
+    assert str(key) in refused.value.message and "chmod 600" in refused.value.message
+    assert key.read_bytes() == secret

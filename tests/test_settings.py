@@ -294,3 +294,50 @@ def test_settings_show_no_secret_and_do_not_change(monkeypatch: pytest.MonkeyPat
             assert value not in text
     with pytest.raises(ValueError, match="frozen"):
         loaded.token_ttl = 60  # type: ignore[misc]  # the test is that the frozen model refuses this
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        *("x" * 32, "ab" * 20, "abcdefgh" * 5, "1234567890" * 4, "changeme-changeme-changeme-changeme", "0" * 64),
+        *(
+            "your-256-bit-secret-your-256-bit-secret",
+            "super_secret_key_for_development_only",
+            "example secret of a readme file",
+        ),
+    ],
+)
+def test_a_secret_that_is_easy_to_guess_stops_the_start(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """Repetitions and what examples contain, however long."""
+    monkeypatch.setenv("JWT_SECRET", secret)
+    with pytest.raises(SystemExit, match=r"JWT_SECRET: .*(easy to guess|at least 32)"):
+        settings.load_settings()
+
+
+@pytest.mark.parametrize(
+    "secret", ["d0a1" + "6f83b25c97e4" * 1 + "0b1d4a7799e2c3f5a6b8", "a secret of the tests, long enough"]
+)
+def test_a_secret_that_is_random_starts(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """What `openssl rand` prints, or a sentence of one's own."""
+    monkeypatch.setenv("JWT_SECRET", secret)
+    loaded = settings.load_settings().jwt_secret
+    assert loaded is not None and loaded.get_secret_value() == secret
+
+
+@pytest.mark.parametrize(
+    "value", ["false", "off", "no", "close", "true", "on", "yes", "0", "1", "none", "disabled", "Invite-Only", "short"]
+)
+def test_a_signup_that_looks_like_a_switch_stops_the_start(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Each of them would become an invite code of that name, which anybody guesses."""
+    monkeypatch.setenv("SIGNUP", value)
+    with pytest.raises(SystemExit, match="SIGNUP: write `open`, `closed`"):
+        settings.load_settings()
+
+
+@pytest.mark.parametrize(
+    ("value", "signup"), [("Open", "open"), (" CLOSED ", "closed"), ("open sesame", "open sesame")]
+)
+def test_a_signup_is_read_whatever_its_case(monkeypatch: pytest.MonkeyPatch, value: str, signup: str) -> None:
+    """Blanks around the two words do not matter either; an invite code is taken as it is."""
+    monkeypatch.setenv("SIGNUP", value)
+    assert settings.load_settings().signup.get_secret_value() == signup
