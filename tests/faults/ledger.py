@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 from tests.faults.calls import Conversation, Order, Reading, Sending
 from tests.faults.world import World
-from tests.stand_in import reply_text
+from tests.stand_in import Plan, reply_text
 
-FINISH = {"complete": "stop", "empty": "stop", "stopped": "stopped", "interrupted": "interrupted", "failed": "error"}
+FINISH = {"empty": "stop", "stopped": "stopped", "interrupted": "interrupted", "failed": "error"}
 UNSETTLED = ("queued", "streaming")
 
 
@@ -135,6 +135,7 @@ class Ledger:
     def check_ends(self, seconds: float) -> None:
         """Every request gets an answer within `seconds`, and every reader who was told the end has what is stored."""
         rows = {row.id: row for row in self.rows()}
+        asked = {row.reply_id: row.text for row in rows.values()}
         for call in (*self.readings, *self.orders):
             assert call.over.wait(seconds), f"no end of the answer within {seconds} s: {call}"
         for reading in self.readings:
@@ -142,7 +143,8 @@ class Ledger:
             if row is not None and reading.finish is not None:
                 stored = row.text[reading.after :]
                 assert reading.text == stored, f"a reader at {reading.after} got {reading.text!r}: {row}"
-                assert reading.finish == FINISH[row.status], f"a reader was told {reading.finish!r}: {row}"
+                finish = Plan.of(asked[row.id]).finish if row.status == "complete" else FINISH[row.status]
+                assert reading.finish == finish, f"a reader was told {reading.finish!r}: {row}"
 
     def leftovers(self) -> list[str]:
         """What is left of the deleted conversations, in any table, on disk or in the gateway."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import note
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.faults.calls import Call, Conversation, Order, Reading, Sending
 from tests.faults.ledger import Ledger, Message
-from tests.faults.world import SILENCE, Lock, World
+from tests.faults.world import SILENCE, World
 from tests.service import until
 from tests.stand_in import Plan, reply_text
 
@@ -36,6 +36,8 @@ PLANS = (
     "end=error chunks=2",
     "end=badjson",
     "end=empty",
+    "odd=1 split=3",
+    "finish=length",
     "status=500",
     "status=503",
     "big=200000",
@@ -131,7 +133,7 @@ class FaultMachine(RuleBasedStateMachine):
         with self.checking():
             self.create(0, new_project=True)
         for via, plan in enumerate(plans):
-            self.send(0, via % 2, plan, keyed, stream, image=False, patience=0.1)
+            self.send(0, via % 2, "with a key" if keyed else "once", plan, stream, image=False, patience=0.1)
 
     @precondition(_serving)
     @rule(via=via, new_project=st.booleans())
@@ -147,32 +149,48 @@ class FaultMachine(RuleBasedStateMachine):
         self.tell(f"session {made['id']} in project {alive[-1]}")
 
     @rule(
-        which=which, via=via, plan=st.sampled_from(PLANS), keyed=st.booleans(), stream=st.booleans(),
-        image=st.sampled_from([False, False, False, True]), patience=patience,
+        which=which, via=via, how=st.sampled_from(["once", "with a key", "at both"]), plan=st.sampled_from(PLANS),
+        stream=st.booleans(), image=st.sampled_from([False, False, False, True]), patience=patience,
     )  # fmt: skip
-    def send(self, which: int, via: int, plan: str, keyed: bool, stream: bool, image: bool, patience: float) -> None:
-        """Sends a message, with or without an Idempotency-Key."""
-        message = self._new_message(which, plan, keyed, stream, image)
+    def send(self, which: int, via: int, how: str, plan: str, stream: bool, image: bool, patience: float) -> None:
+        """Sends a message: without an Idempotency-Key, with one, or with one through both processes at once."""
+        message = self._new_message(self.conversation(which), plan, how != "once", stream, image)
+        if how == "at both":
+            self._send(message, 1 - via, 0)
         self._send(message, via, patience)
 
-    @rule(which=which, plan=st.sampled_from(PLANS), stream=st.booleans(), patience=patience)
-    def send_at_both(self, which: int, plan: str, stream: bool, patience: float) -> None:
-        """Sends a message with an Idempotency-Key through both processes at the same moment."""
-        message = self._new_message(which, plan, keyed=True, stream=stream, image=False)
-        self._send(message, 0, 0)
-        self._send(message, 1, patience)
-
     @precondition(_talked)
-    @rule(which=which, via=via, patience=patience)
-    def send_again(self, which: int, via: int, patience: float) -> None:
-        """Sends a message with the same Idempotency-Key once more. Does nothing if it had none."""
+    @rule(which=which, via=via, after=st.none() | st.integers(0, 60), patience=patience)
+    def again(self, which: int, via: int, after: int | None, patience: float) -> None:
+        """Reads a reply from an offset on, if its id is known; or sends its message once more, if it had a key."""
         message = self.message(which)
-        if message.key is not None:
+        if after is None and message.key is not None:
             self._send(message, via, patience)
+        elif after is not None and message.reply_id is not None:
+            client, reply_id = self.world.client(via), message.reply_id
+            reading = Reading(client, message.conversation, reply_id=reply_id, after=after)
+            self.ledger.readings.append(reading)
+            self._start(reading, patience, f"resume reply {reply_id} from {after} via {via}")
 
-    def _new_message(self, which: int, plan: str, keyed: bool, stream: bool, image: bool) -> Message:
+    @rule(which=which, via=via, what=st.sampled_from(["stop", "session", "project"]), patience=patience)
+    def end(self, which: int, via: int, what: str, patience: float) -> None:
+        """Stops a session, or deletes it or its project. A stop ends the replies that had begun before it."""
+        conversation, ledger = self.conversation(which), self.ledger
+        order = Order(self.world.client(via), conversation)
+        if what == "stop":
+            order.path = f"/sessions/{conversation.id}/stop"
+            order.ends = [m.reply_id for m in ledger.messages if m.conversation is conversation and m.reply_id]
+        elif what == "session":
+            order.method, order.path, order.deletes = "DELETE", f"/sessions/{conversation.id}", [conversation]
+        else:
+            order.method, order.path = "DELETE", f"/projects/{conversation.project}"
+            order.deletes = [c for c in ledger.conversations if c.project == conversation.project]
+        self._order(order, patience, via)
+
+    def _new_message(
+        self, conversation: Conversation, plan: str, keyed: bool, stream: bool, image: bool = False
+    ) -> Message:
         self.number += 1
-        conversation = self.conversation(which)
         text = f"{conversation.key[:8]} {self.number} [[{plan} seed={conversation.id * 1000 + self.number}]]"
         message = Message(conversation, text, text if keyed else None, stream, image)
         self.ledger.messages.append(message)
@@ -195,104 +213,82 @@ class FaultMachine(RuleBasedStateMachine):
         call.start(patience)
         self.tell(f"{what}: {call.outcome} {call.status or ''} {call.code or ''}")
 
-    @precondition(_talked)
-    @rule(which=which, via=via, after=st.integers(0, 60), patience=patience)
-    def resume(self, which: int, via: int, after: int, patience: float) -> None:
-        """Reads a reply from an offset on, if its id is known."""
-        message = self.message(which)
-        if message.reply_id is not None:
-            client, reply_id = self.world.client(via), message.reply_id
-            reading = Reading(client, message.conversation, reply_id=reply_id, after=after)
-            self.ledger.readings.append(reading)
-            self._start(reading, patience, f"resume reply {reply_id} from {after} via {via}")
-
-    @rule(which=which, via=via, patience=patience)
-    def stop(self, which: int, via: int, patience: float) -> None:
-        """Stops a session. The replies whose ids are known had begun before."""
-        conversation = self.conversation(which)
-        ends = [m.reply_id for m in self.ledger.messages if m.conversation is conversation and m.reply_id]
-        order = Order(self.world.client(via), conversation, path=f"/sessions/{conversation.id}/stop", ends=ends)
-        self._order(order, patience, via)
-
-    @rule(which=which, via=via, project=st.sampled_from([False, False, True]), patience=patience)
-    def delete(self, which: int, via: int, project: bool, patience: float) -> None:
-        """Deletes a session or its project. The next message goes to another session."""
-        conversation = self.conversation(which)
-        gone = [c for c in self.ledger.conversations if project and c.project == conversation.project]
-        path = f"/projects/{conversation.project}" if project else f"/sessions/{conversation.id}"
-        client, gone = self.world.client(via), gone or [conversation]
-        self._order(Order(client, conversation, method="DELETE", path=path, deletes=gone), patience, via)
-
     def _order(self, order: Order, patience: float, via: int) -> None:
         self.ledger.orders.append(order)
         self._start(order, patience, f"{order.method} {order.path} via {via}")
 
-    @rule(seconds=st.sampled_from([0.05, 0.3, 1.0]))
-    def wait(self, seconds: float) -> None:
-        """Lets time pass."""
-        time.sleep(seconds)
-
     # --- faults ---
 
-    @rule(via=via, again=st.booleans())
-    def kill(self, via: int, again: bool) -> None:
-        """Kills a process with SIGKILL, and starts another one in its place at once or later."""
+    @rule(via=via, what=st.sampled_from(["kill", "crash", "freeze", "start"]))
+    def process(self, via: int, what: str) -> None:
+        """Kills a process, with another one started in its place at once or later; or suspends it, or continues it."""
         process = self.world.processes[via]
-        if process.running:
-            self.tell(f"kill {via}")
-            process.kill()
-        if again:
-            self.restart(via)
-
-    @rule(via=via)
-    def restart(self, via: int) -> None:
-        """Starts a process that was killed. Whether it serves depends on the other faults."""
-        process = self.world.processes[via]
-        if not process.running:
-            process.kill()
-            process.spawn()
-            deadline = time.monotonic() + 3
-            while process.running and not process.serves() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            self.tell(f"start {via}: {'serves' if process.serves() else 'does not serve yet'}")
-
-    @rule(via=via)
-    def freeze(self, via: int) -> None:
-        """Suspends a process, or continues it if it is suspended."""
-        process = self.world.processes[via]
-        if process.running:
+        if what == "freeze" and process.running:
             self.tell(f"{'SIGCONT' if process.frozen else 'SIGSTOP'} {via}")
             (process.thaw if process.frozen else process.freeze)()
+        elif what in ("kill", "crash"):
+            self.tell(f"kill {via}")
+            process.kill()
+        if what in ("crash", "start") and not process.running:
+            self._restart(via)
 
-    @rule(seconds=st.sampled_from([3600, -3600, 30, -30, 86_400, 0]))
-    def step_clock(self, seconds: int) -> None:
-        """Sets the wall clock of both processes."""
+    def _restart(self, via: int) -> None:
+        """Starts a process. Whether it serves depends on the other faults."""
+        process = self.world.processes[via]
+        process.kill()
+        process.spawn()
+        deadline = time.monotonic() + 3
+        while process.running and not process.serves() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.tell(f"start {via}: {'serves' if process.ready else 'does not serve yet'}")
+
+    @rule(
+        what=st.sampled_from(["disk", "file", "transaction"]), seconds=st.sampled_from([0.1, 0.5, None, 1.0, 7.0])
+    )  # fmt: skip
+    def storage(self, what: Literal["disk", "file", "transaction"], seconds: float | None) -> None:
+        """Fills the disk, or has another program hold a lock of the database, for some seconds or until the end.
+
+        The longest time is longer than the deadlines of the service.
+        """
+        world = self.world
+        self.tell(f"{what} {'until the end' if seconds is None else seconds}")
+        if what == "disk":
+            world.disk.fill(world.processes)
+        else:
+            world.unlock()
+            world.lock(what)
+        if seconds is not None:
+            time.sleep(seconds)
+            world.unlock()
+            world.disk.free(world.processes)
+            self.tell("over")
+
+    @rule(seconds=st.sampled_from([3600, -3600, 30, -30, 86_400]))
+    def clock(self, seconds: int) -> None:
+        """Steps the wall clock of both processes."""
         self.tell(f"clock {seconds:+}")
         self.world.set_clock(seconds)
 
-    @rule()
-    def fill_disk(self) -> None:
-        """Fills the disk, or makes room again."""
-        disk = self.world.disk
-        self.tell("disk has room" if disk.full else "disk full")
-        (disk.free if disk.full else disk.fill)(self.world.processes)
+    @rule(what=st.sampled_from(["end", "archive", "drain", "mute"]), which=which)
+    def gateway(self, what: str, which: int) -> None:
+        """Ends the gateway, archives a conversation, has it refuse all work, or never answer a WebSocket; or takes
+        that back. What its chats do wrong, `PLANS` says."""
+        gateway = self.world.gateway
+        if what == "end":
+            self.world.set_gateway(not self.world.gateway_up)
+        elif what == "drain":
+            gateway.draining = not gateway.draining
+        elif what == "mute":
+            gateway.websocket_status = 0 if gateway.websocket_status is None else None
+        else:
+            key = self.conversation(which).key
+            gateway.archived |= {known for known in list(gateway.sessions) if key in known}
+        self.tell(f"gateway: {what}; up {self.world.gateway_up}, draining {gateway.draining}")
 
-    @rule(kind=st.sampled_from(["file", "transaction"]), seconds=st.sampled_from([0.1, 0.5, 0.0, 7.0]))
-    def lock(self, kind: Lock, seconds: float) -> None:
-        """Another program takes a lock of the database and holds it for some seconds, or from here on. The longest
-        time is longer than any deadline of the service."""
-        self.tell(f"{kind} lock {seconds}")
-        self.world.unlock()
-        self.world.lock(kind)
+    @rule(seconds=st.sampled_from([0.1, 1.0]))
+    def wait(self, seconds: float) -> None:
+        """Lets time pass."""
         time.sleep(seconds)
-        if seconds:
-            self.world.unlock()
-
-    @rule()
-    def end_gateway(self) -> None:
-        """Ends the gateway, or starts it again."""
-        self.tell("gateway ends" if self.world.gateway_up else "gateway starts")
-        self.world.set_gateway(not self.world.gateway_up)
 
     # --- what must hold ---
 
@@ -323,6 +319,8 @@ class FaultMachine(RuleBasedStateMachine):
         until(self.ledger.all_final, SLACK * (SETTLES + lasts), "every turn to be final")
         self.worlds.slowest = max(self.worlds.slowest, time.monotonic() - healed)
         self.tell("final")
+        for call in (*self.ledger.readings, *self.ledger.orders):
+            self.tell(f"{call.path if isinstance(call, Order) else call.reply_id}: {call.outcome} {call.status}")
         self.ledger.check_ends(SLACK * 10)
         self.ledger.check()
         for via, conversation in enumerate(self.ledger.conversations[-4:]):
@@ -334,8 +332,7 @@ class FaultMachine(RuleBasedStateMachine):
         """A function that sends a message and returns True if it is answered: nothing is stuck in the session."""
 
         def answers() -> bool:
-            message = self._new_message(0, "chunks=2", keyed=False, stream=False, image=False)
-            message.conversation = conversation
+            message = self._new_message(conversation, "chunks=2", keyed=False, stream=False)
             self._send(message, via, 60)
             sending = message.sendings[0]
             sending.over.wait(60)

@@ -46,9 +46,7 @@ def test_an_archived_conversation_is_told_where_the_gateway_cannot_be_asked(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reason", ["length", "content_filter"])
-def test_a_reply_that_the_models_limit_ended_says_so(
-    served: Served, ada: Person, stream: bool, reason: str
-) -> None:
+def test_a_reply_that_the_models_limit_ended_says_so(served: Served, ada: Person, stream: bool, reason: str) -> None:
     """It is complete, as far as it goes, and is not passed off as whole: in the answer, in the stream, in the
     messages, and when it is resumed."""
     session = ada.session()

@@ -206,6 +206,7 @@ class World:
         if self.disk.full:
             self.disk.free(self.processes)
         self.set_clock(0)
+        self.gateway.draining, self.gateway.websocket_status = False, None
         self.set_gateway(up=True)
         deadline = time.monotonic() + 60
         while not all(process.serves() for process in self.processes):
