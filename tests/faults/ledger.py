@@ -84,7 +84,7 @@ class Ledger:
         """Nothing is lost, doubled, shortened or changed; nothing of what was deleted or stopped is left."""
         # What is known is read before the rows. The other way round, an answer could come between the two.
         states = {c.id: self.deleted(c) for c in self.conversations}
-        known = [(message, {sending.outcome for sending in message.sendings}) for message in self.messages]
+        known = [(message, {str(sending.outcome) for sending in message.sendings}) for message in self.messages]
         stopped = {i for order in self.orders if order.outcome == "acknowledged" for i in order.ends}
         rows = self.rows()
         for message, outcomes in known:

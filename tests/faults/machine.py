@@ -71,7 +71,8 @@ class Worlds:
     def keep(self, story: list[str]) -> None:
         """Appends the story of an example to a file, for whoever looks at what the machine does."""
         with (self._directory / "stories.txt").open("a") as file:
-            file.write("\n".join((f"--- example {self.examples}", *story, "")))
+            slowest = f"so far: settled in {self.slowest:.1f} s, wiped in {self.wiped:.1f} s"
+            file.write("\n".join((f"--- example {self.examples}, {slowest}", *story, "")))
 
     def close(self) -> None:
         """Ends the processes."""
@@ -263,12 +264,6 @@ class FaultMachine(RuleBasedStateMachine):
             world.disk.free(world.processes)
             self.tell("over")
 
-    @rule(seconds=st.sampled_from([3600, -3600, 30, -30, 86_400]))
-    def clock(self, seconds: int) -> None:
-        """Steps the wall clock of both processes."""
-        self.tell(f"clock {seconds:+}")
-        self.world.set_clock(seconds)
-
     @rule(what=st.sampled_from(["end", "archive", "drain", "mute"]), which=which)
     def gateway(self, what: str, which: int) -> None:
         """Ends the gateway, archives a conversation, has it refuse all work, or never answer a WebSocket; or takes
@@ -285,9 +280,12 @@ class FaultMachine(RuleBasedStateMachine):
             gateway.archived |= {known for known in list(gateway.sessions) if key in known}
         self.tell(f"gateway: {what}; up {self.world.gateway_up}, draining {gateway.draining}")
 
-    @rule(seconds=st.sampled_from([0.1, 1.0]))
-    def wait(self, seconds: float) -> None:
-        """Lets time pass."""
+    @rule(seconds=st.sampled_from([0.1, 1.0]), step=st.sampled_from([None, 3600, -3600, 30, -30, 86_400]))
+    def wait(self, seconds: float, step: int | None) -> None:
+        """Lets time pass. The wall clock of both processes may step in addition."""
+        if step is not None:
+            self.tell(f"clock {step:+}")
+            self.world.set_clock(step)
         time.sleep(seconds)
 
     # --- what must hold ---
@@ -319,8 +317,10 @@ class FaultMachine(RuleBasedStateMachine):
         until(self.ledger.all_final, SLACK * (SETTLES + lasts), "every turn to be final")
         self.worlds.slowest = max(self.worlds.slowest, time.monotonic() - healed)
         self.tell("final")
-        for call in (*self.ledger.readings, *self.ledger.orders):
-            self.tell(f"{call.path if isinstance(call, Order) else call.reply_id}: {call.outcome} {call.status}")
+        for reading in self.ledger.readings:
+            self.tell(f"reply {reading.reply_id}: {reading.outcome} {reading.status} {reading.code or ''}")
+        for order in self.ledger.orders:
+            self.tell(f"{order.path}: {order.outcome} {order.status}")
         self.ledger.check_ends(SLACK * 10)
         self.ledger.check()
         for via, conversation in enumerate(self.ledger.conversations[-4:]):

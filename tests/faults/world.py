@@ -179,6 +179,7 @@ class World:
         self.locked = kind
         program = [sys.executable, "-S", "-c", HOLD[kind] + "print('held', flush=True)\ntime.sleep(3600)"]
         self._holder = subprocess.Popen([*program, str(self.database)], stdout=subprocess.PIPE)
+        assert self._holder.stdout is not None
         select.select([self._holder.stdout], [], [], 1)
 
     def unlock(self) -> None:
