@@ -16,9 +16,6 @@ from fastapi import APIRouter, Depends, Request, status
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from jose import JWTError, jwt
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
 from passlib.context import CryptContext
 from passlib.exc import UnknownHashError
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
@@ -30,14 +27,13 @@ import file_utils
 import sql
 import telemetry
 from settings import Settings
+from throttle import Throttle
 from web import Body, OpenParts
 
 T = TypeVar("T")
 
 ISSUER = "clawd-backend"
 MAX_PENDING_HASHES = 64  # hashes that may be computed or wait for the one thread; each takes about 20 ms
-FAILURES_BY_CALLER = RateLimitItemPerMinute(10, 5)  # wrong passwords from one IP address for one account, per 5 minutes
-FAILURES_BY_ACCOUNT = RateLimitItemPerMinute(100, 5)  # wrong passwords from all addresses for one account
 
 # email_validator refuses domains such as `.local`, which e-mail addresses of private networks use.
 SPECIAL_USE_DOMAIN_NAMES.clear()
@@ -160,33 +156,6 @@ def _claims(claims: dict[str, Any]) -> Claims:
     if type(version) is not int or type(expires_at) is not int or max(version, expires_at) > sql.MAX_ID:
         raise ValueError("malformed claim `ver` or `exp`")
     return Claims(int(subject), version, jti, expires_at)
-
-
-class Throttle:
-    """Limits wrong passwords per five minutes: from one IP address for one account, and from all addresses for one
-    account. The counts are in memory, so each process counts for itself and starts from zero."""
-
-    def __init__(self) -> None:
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
-
-    def check(self, account: str, caller: str) -> None:
-        """Raises errors.TooMany if a limit is reached; its `retry_after` is the time until the window ends."""
-        for limit, keys in self._limits(account, caller):
-            if not self._limiter.test(limit, *keys):
-                reset_at = self._limiter.get_window_stats(limit, *keys).reset_time
-                raise errors.TooMany(
-                    "There were too many wrong passwords for this account. Wait a few minutes, then try again.",
-                    code="too_many_attempts",
-                    retry_after=max(1, round(reset_at - time.time())),
-                )
-
-    def count(self, account: str, caller: str) -> None:
-        """Counts one wrong password for an account from a caller's address."""
-        for limit, keys in self._limits(account, caller):
-            self._limiter.hit(limit, *keys)
-
-    def _limits(self, account: str, caller: str) -> tuple[tuple[RateLimitItemPerMinute, tuple[str, ...]], ...]:
-        return (FAILURES_BY_CALLER, (account, caller)), (FAILURES_BY_ACCOUNT, (account,))
 
 
 class Identity:
