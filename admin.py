@@ -23,7 +23,8 @@ from backup import (
     restore,
     suffixed,
 )
-from database import FileLock, connect
+from database import connect
+from locks import FileLock, LockHeldError
 from settings import Settings, load_settings
 
 _EXIT_STATUSES = """exit status:
@@ -104,8 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print_stderr(str(error))
         return error.status
-    except sqlite3.Error as error:
-        print_stderr(f"SQLite error: {error}. {_ADVICE[exit_status(error)]}")
+    except (sqlite3.Error, LockHeldError) as error:
+        prefix = "SQLite error: " if isinstance(error, sqlite3.Error) else ""
+        print_stderr(f"{prefix}{error}. {_ADVICE[exit_status(error)]}")
         return exit_status(error)
     except OSError as error:
         print_stderr(f"{error.filename or 'the disk'}: {error.strerror}. {_ADVICE[FILE_PROBLEM]}")

@@ -16,7 +16,8 @@ from typing import Any
 import file_utils
 import sql
 from clock import now
-from database import FileLock, Lease
+from database import close_or_leave
+from locks import LOCK_TIMEOUT, FileLock, Lease, LockHeldError
 from settings import Settings
 from telemetry import Progress
 
@@ -57,8 +58,7 @@ def open_to_read(path: Path) -> Iterator[Connection]:
         try:
             yield conn
         finally:
-            with lock:
-                conn.close()
+            close_or_leave(lock, [conn], LOCK_TIMEOUT)
 
 
 def _connect_to_read(path: Path) -> Connection:
@@ -267,8 +267,7 @@ def restore(settings: Settings, given: argparse.Namespace) -> None:
 
 def _refuse_while_served(path: Path) -> None:
     """Raises CommandError if a service is running on this database."""
-    lease = Lease(suffixed(path, ".workers"))
-    living = [file.read_text() for file in suffixed(path, ".workers").glob("*") if lease.alive(file.name)]
+    living = Lease(suffixed(path, ".workers")).processes()
     if living:
         who = ", ".join(f"process {pid}" if pid else "a process of an older version" for pid in sorted(living))
         advice = "Stop it (pm2 stop clawd-backend, or Ctrl-C), wait until it has ended, and try again."
@@ -434,8 +433,10 @@ def _missing_images(conn: Connection, settings: Settings, found: sql.Findings) -
     return {file for _, file in sql.select_all_images(conn) if not (settings.images / file).is_file()}
 
 
-def exit_status(error: sqlite3.Error) -> int:
-    """Returns the exit status for an error of SQLite."""
+def exit_status(error: sqlite3.Error | LockHeldError) -> int:
+    """Returns the exit status for an error of SQLite, or for a lock that another process holds."""
+    if isinstance(error, LockHeldError):
+        return IN_USE
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return IN_USE

@@ -18,7 +18,7 @@ import errors
 import sql
 import telemetry
 from settings import CHECKOUT, Settings
-from web import OpenParts
+from web import OpenParts, Parts
 
 router = APIRouter(tags=["health"])
 
@@ -35,6 +35,8 @@ FORWARDED_HEADERS = frozenset({"forwarded", "x-real-ip", "via", "origin"})
 
 class DatabaseHealth(BaseModel):
     ok: bool
+    detail: str = Field(description="Why the database cannot be used; empty if it can.")
+    oldest_write_seconds: float = Field(description="How long the oldest write has been waiting for its commit.")
     sqlite: str = Field(description="Version of the SQLite library.")
 
 
@@ -99,16 +101,12 @@ async def watch_checkout(origin: Origin) -> None:
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})
 async def read_health(request: Request, parts: OpenParts) -> Any:
     """Returns the state of the service. Answers at once, because the gateway is checked in the background. The status
-    is 503 if the database cannot be read."""
+    is 503 if the database cannot be read and written."""
     origin: Origin = request.state.origin
-    try:
-        parts.db.read(sql.check)
-        readable = True
-    except errors.Unavailable:
-        readable = False
+    database = await _database_health(parts)
     state = parts.openclaw.state
     health = Health(
-        status="ok" if readable else "error",
+        status="ok" if database.ok else "error",
         version=VERSION,
         environment=origin.environment,
         branch=origin.runs.branch,
@@ -117,12 +115,26 @@ async def read_health(request: Request, parts: OpenParts) -> Any:
         stale=origin.now != origin.runs,
         failed_start=request.app.state.failed_start,
         uptime_seconds=round(time.monotonic() - origin.started, 3),
-        database=DatabaseHealth(ok=readable, sqlite=sqlite3.sqlite_version),
+        database=database,
         gateway=GatewayHealth(
             url=parts.openclaw.url, ok=state.ok, checked_at=_iso(state.checked_at), detail=state.detail
         ),
     )
-    return health if readable else JSONResponse(health.model_dump(), 503, {"Retry-After": "5"})
+    return health if database.ok else JSONResponse(health.model_dump(), 503, {"Retry-After": "5"})
+
+
+async def _database_health(parts: Parts) -> DatabaseHealth:
+    try:
+        parts.db.read(sql.check)
+        detail = await parts.db.trouble()
+    except errors.Unavailable:
+        detail = "The database cannot be read; the log contains the error."
+    return DatabaseHealth(
+        ok=not detail,
+        detail=detail,
+        oldest_write_seconds=round(parts.db.waited(), 3),
+        sqlite=sqlite3.sqlite_version,
+    )
 
 
 def _iso(seconds: float) -> str | None:
@@ -131,14 +143,18 @@ def _iso(seconds: float) -> str | None:
 
 @router.get("/health/ready", response_model=Ready, openapi_extra=errors.raises("not_ready"))
 async def read_ready(parts: OpenParts) -> Ready:
-    """Answers 200 if a turn can start now, and 503 while the gateway cannot take a turn or this process is stopping.
-    `detail` states the cause and the fix. Checks the gateway if its last check is older than one second."""
+    """Answers 200 if a turn can start now, and 503 while the database cannot be written, the gateway cannot take a turn
+    or this process is stopping. `detail` states the cause and the fix. Checks the gateway if its last check is older
+    than one second."""
     if parts.turns.draining:
         raise errors.Unavailable(
             "This process is stopping. Retry in a second: after a restart, the new process answers.",
             code="not_ready",
             retry_after=1,
         )
+    database = await _database_health(parts)
+    if not database.ok:
+        raise errors.Unavailable(database.detail, code="not_ready", retry_after=5)
     state = await parts.openclaw.check(max_age=1)
     if not state.ok:
         raise errors.Unavailable(state.detail, code="not_ready", retry_after=5)

@@ -185,11 +185,14 @@ class ImageStore:
         file_utils.remove_tree(self._root / _folder(session_key))
 
     def sweep(self, older_than: float) -> None:
-        """Removes staged images that are older than `older_than` seconds, which a crash has left."""
+        """Removes staged images that are older than `older_than` seconds, which a crash has left.
+
+        A time that is as far ahead counts as old: the image was staged before the clock was set back.
+        """
         if self._incoming.exists():
             for path in self._incoming.iterdir():
                 with suppress(FileNotFoundError):  # another worker has published or removed it
-                    if path.stat().st_mtime < time.time() - older_than:
+                    if abs(time.time() - path.stat().st_mtime) > older_than:
                         file_utils.remove_tree(path)
 
     def sign(self, image_id: int, file: str, now: float) -> str:

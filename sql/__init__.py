@@ -34,7 +34,7 @@ from .projects import (
     update_project_path,
 )
 from .replies import Reply, append_text, read_text, select_pieces, select_reply, text_size
-from .schema import MAX_ID, MIGRATIONS, REFERRING, Findings, check, examine, migrate, schema_version
+from .schema import MAX_ID, MIGRATIONS, REFERRING, Findings, check, examine, migrate, rewrite_version, schema_version
 from .sessions import (
     Session,
     check_chat_session,
@@ -129,6 +129,7 @@ __all__ = [
     "read_text",
     "release_waiting",
     "request_stop",
+    "rewrite_version",
     "schema_version",
     "select_all_images",
     "select_claimable",

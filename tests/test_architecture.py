@@ -29,7 +29,7 @@ LAYERS = (
     ("replies", "outbox", "throttle"),
     ("database",),
     ("sql", "gateway", "image_handler"),
-    ("errors", "settings", "file_utils", "telemetry", "clock", "background", "checkout"),
+    ("locks", "errors", "settings", "file_utils", "telemetry", "clock", "background", "checkout"),
 )
 NOUNS = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
@@ -56,7 +56,6 @@ OWNERS = {
     "aiohttp": {"gateway"},
     "passlib": {"auth"},
     "jose": {"auth"},
-    "limits": {"throttle"},
     "email_validator": {"auth"},
     "PIL": {"image_handler"},
     "pillow_heif": {"image_handler"},
@@ -331,6 +330,82 @@ def _does_nothing(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Pass) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     )
+
+
+# --- clocks -------------------------------------------------------------------------------------------
+
+# The clock that a person or a time server can set. Durations and deadlines need `time.monotonic`.
+WALL_CLOCK = re.compile(
+    r"\b(time\.(time|time_ns|localtime|gmtime|ctime|asctime)|clock_gettime|(datetime|date)\.(now|utcnow|today))$"
+    r"|^st_[acm]time(_ns)?$|^get[acm]time$"
+)
+FROM_TIME = {"time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "clock_gettime", "getmtime"}
+# The functions that may read it, each with the reason.
+READS_WALL_CLOCK = {
+    ("auth", "issue"): "signed: `iat` and `exp` of a token",
+    ("chat_handlers", "_render"): "signed: the expiry of an image URL",
+    ("chat_handlers", "read_image"): "compared with a signed expiry",
+    ("sql/users", "insert_revoked_token"): "compared with the signed expiry of tokens",
+    ("clock", "now"): "stored and shown: the time of a row",
+    ("gateway/client", "_ask_state"): "shown: when the gateway was checked; the age of a check is monotonic",
+    ("gateway/client", "finished_reply"): "compared with times that the gateway stored",
+    ("gateway/rpc", "connection"): "compared with the gateway's clock",
+    ("gateway/rpc", "open"): "compared with the gateway's clock",
+    ("outbox", "run_due_jobs"): "compared with a stored time; one too far ahead counts as passed",
+    ("outbox", "_run_one"): "stored: when a job is due, for whichever process runs it",
+    ("sql/outbox", "insert_outbox_job"): "stored: a job is due at once",
+    ("sql/deletes", "_insert_jobs"): "stored: a job is due at once",
+    ("image_handler", "sweep"): "compared with the time of a file; one too far ahead counts as passed",
+    ("backup", "_swap"): "shown: the name of a file",
+    ("sql/schema", "_copy_database"): "shown: the name of a file",
+    ("project_manager", "_new_folder"): "shown: the name of a folder",
+    ("handover/protocol", "log_line"): "shown: the time of a log line",
+    ("demo", "frame"): "stands in for the gateway, whose frames carry a time",
+    ("demo", "now"): "stands in for the gateway, whose messages carry a time",
+}
+
+
+def wall_clock(module: ast.AST) -> list[ast.AST]:
+    """Returns the nodes that read the wall clock, or that import a name under which it could be read unseen."""
+    found: list[ast.AST] = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute):
+            found += [node] if WALL_CLOCK.search(dotted(node) or node.attr) or WALL_CLOCK.search(node.attr) else []
+        elif isinstance(node, ast.ImportFrom) and node.module in ("time", "os.path"):
+            found += [node] if FROM_TIME & {alias.name for alias in node.names} else []
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found += [node for alias in node.names if alias.asname and alias.name in ("time", "datetime", "date")]
+    return found
+
+
+@each_room
+def test_durations_are_measured_by_the_monotonic_clock(room: str) -> None:
+    """Only the functions that are listed read the wall clock, since a time that is measured by it is wrong by an hour
+    after the clock was set back by an hour."""
+    assert not where(
+        room, *(node for node in wall_clock(tree(room)) if (room, function_of(node)) not in READS_WALL_CLOCK)
+    )
+
+
+def test_the_list_of_readers_of_the_wall_clock_is_current() -> None:
+    """Each listed function exists and reads the wall clock."""
+    readers = {(room, function_of(node)) for room in ROOMS for node in wall_clock(tree(room))}
+    assert not READS_WALL_CLOCK.keys() - readers
+
+
+@pytest.mark.parametrize(
+    ("source", "reads"),
+    [
+        *(("time.time() - began", 1), ("field(default_factory=time.time)", 1), ("datetime.now(UTC) - began", 1)),
+        *(("datetime.datetime.utcnow()", 1), ("from time import time", 1), ("import time as t", 1)),
+        *(("from datetime import datetime as d", 1), ("path.stat().st_mtime", 1), ("os.path.getmtime(path)", 1)),
+        *(("time.clock_gettime(time.CLOCK_REALTIME)", 1), ("time.monotonic()", 0), ("from time import monotonic", 0)),
+        *(("time.perf_counter()", 0), ("from datetime import UTC, datetime", 0), ("clock.now()", 0)),
+    ],
+)
+def test_readers_of_the_wall_clock_are_found(source: str, reads: int) -> None:
+    """The rule finds each way to read the wall clock, and takes no other clock for it."""
+    assert len(wall_clock(ast.parse(source))) == reads
 
 
 # --- documentation and size ---------------------------------------------------------------------------

@@ -24,7 +24,8 @@ import backup
 import database
 import errors
 import sql
-from database import Database, FileLock
+from database import Database
+from locks import FileLock
 
 from .legacy import build
 from .service import CHECKOUT, Service, until

@@ -20,7 +20,8 @@ import pytest
 import database
 import errors
 import sql
-from database import Database, Lease
+from database import Database
+from locks import Lease
 
 from .service import CHECKOUT
 

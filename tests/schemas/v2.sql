@@ -79,4 +79,6 @@ CREATE TABLE reply_pieces (
 CREATE TRIGGER messages_never_shorter BEFORE UPDATE OF content ON messages
            WHEN length(CAST(NEW.content AS BLOB)) < length(CAST(OLD.content AS BLOB))
            BEGIN SELECT RAISE(ABORT, 'the text of a message never gets shorter'); END;
+CREATE INDEX message_images_file ON message_images(file);
+CREATE INDEX revoked_tokens_expires ON revoked_tokens(expires_at);
 PRAGMA user_version=2;
