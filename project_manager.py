@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, status
+from fastapi import APIRouter, Query, Response, status
 from pydantic import BaseModel, Field, StringConstraints
 
 import errors
@@ -17,7 +17,7 @@ import file_utils
 import sql
 from auth import CurrentUser
 from background import completed
-from web import Body, Id, OpenParts, Parts
+from web import LONGEST_LIST, Before, Body, Id, Limit, OpenParts, Parts, page
 
 log = logging.getLogger("clawd.projects")
 
@@ -107,9 +107,12 @@ class FileWritten(BaseModel):
 
 
 @router.get("/projects", tags=["projects"])
-async def list_projects(user: CurrentUser, parts: OpenParts) -> list[ProjectOut]:
+async def list_projects(
+    user: CurrentUser, parts: OpenParts, response: Response, limit: Limit = LONGEST_LIST, before: Before = sql.MAX_ID
+) -> list[ProjectOut]:
     """Returns the user's projects, newest first."""
-    return [_project_out(project) for project in parts.db.read(sql.select_projects, user.id)]
+    projects = parts.db.read(sql.select_projects, user.id, limit + 1, before)
+    return [_project_out(project) for project in page(projects, limit, response)]
 
 
 @router.post(
@@ -190,11 +193,14 @@ async def list_sessions(
     project_id: Id,
     user: CurrentUser,
     parts: OpenParts,
+    response: Response,
     archived: Annotated[bool, Query(description="Return the archived sessions instead of the others.")] = False,
+    limit: Limit = LONGEST_LIST,
+    before: Before = sql.MAX_ID,
 ) -> list[SessionOut]:
     """Returns the sessions of a project, newest first."""
-    sessions = parts.db.read(sql.select_sessions, user.id, project_id, archived)
-    return [_session_out(session) for session in sessions]
+    sessions = parts.db.read(sql.select_sessions, user.id, project_id, archived, limit + 1, before)
+    return [_session_out(session) for session in page(sessions, limit, response)]
 
 
 @router.post(

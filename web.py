@@ -7,9 +7,9 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi import Path as PathParam
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -33,6 +33,8 @@ from settings import Settings
 from turns import Turns
 
 MAX_MISTAKES = 20  # that a 422 lists
+
+T = TypeVar("T")
 
 log = logging.getLogger("clawd.app")
 
@@ -73,6 +75,19 @@ HTTP_ERRORS = {
 
 
 Id = Annotated[int, PathParam(ge=1, le=sql.MAX_ID)]
+
+
+LONGEST_LIST = 1000  # entries of a list at once
+Limit = Annotated[int, Query(ge=1, le=LONGEST_LIST, description="Return at most this many entries, the newest ones.")]
+Before = Annotated[int, Query(ge=1, le=sql.MAX_ID, description="Return only entries with an id less than this.")]
+
+
+def page(found: list[T], limit: int, response: Response) -> list[T]:
+    """Returns the first `limit` entries of those that were found with a limit of one more. If there is one more, the
+    response says so by the header `X-More: true`."""
+    if len(found) > limit:
+        response.headers["X-More"] = "true"
+    return found[:limit]
 
 
 class Body(BaseModel):
@@ -224,7 +239,7 @@ def middleware(origins: Sequence[str], metrics: telemetry.Metrics) -> list[Middl
             allow_origins=list(origins),
             allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],  # safe, because the service authenticates by a header and never by cookies
-            expose_headers=["X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"],
+            expose_headers=["X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After", "X-More"],
             max_age=86_400,
         ),
         Middleware(CatchAll),

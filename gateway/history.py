@@ -80,7 +80,8 @@ def _reply(rows: Sequence[Item], writing: object, run_id: str, got: str) -> Fini
         raw = rows[-1].get("usage")
         usage = usage_of(raw, "input", "output", "totalTokens") if isinstance(raw, dict) else None
         return Finished(text, run_id, usage, finish_reason=str(reason)) if text else None
-    found = [live, *_joined(texts), *_joined([*texts, live])]
+    cumulative = any(text and live.startswith(text) for text in _joined(texts))
+    found = [live] if cumulative else [live, *_joined([*texts, live])]
     text = max((text for text in found if text.startswith(got)), key=len, default="")
     return Finished(text, run_id, None, complete=False, finish_reason=None) if len(text) > len(got) else None
 

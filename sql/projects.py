@@ -38,9 +38,12 @@ def insert_project(
     return Project(*row)
 
 
-def select_projects(conn: Connection, user_id: int) -> list[Project]:
-    """Returns all projects of a user, newest first."""
-    rows = conn.execute(f"SELECT {_PROJECT} FROM projects p WHERE p.user_id = ? ORDER BY p.id DESC", (user_id,))
+def select_projects(conn: Connection, user_id: int, limit: int, before: int) -> list[Project]:
+    """Returns the newest `limit` projects of a user whose ids are below `before`, newest first."""
+    rows = conn.execute(
+        f"SELECT {_PROJECT} FROM projects p WHERE p.user_id = ? AND p.id < ? ORDER BY p.id DESC LIMIT ?",
+        (user_id, before, limit),
+    )
     return [Project(*row) for row in rows]
 
 

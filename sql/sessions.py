@@ -41,15 +41,18 @@ def insert_session(conn: Connection, user_id: int, project_id: int, label: str |
     return select_session(conn, user_id, session_id or 0)
 
 
-def select_sessions(conn: Connection, user_id: int, project_id: int, archived: bool) -> list[Session]:
-    """Returns the sessions of a project that are `archived`, or those that are not, newest first.
+def select_sessions(
+    conn: Connection, user_id: int, project_id: int, archived: bool, limit: int, before: int
+) -> list[Session]:
+    """Returns the newest `limit` sessions of a project that are `archived`, or that are not, newest first.
 
-    Raises errors.NotFound.
+    Only those whose ids are below `before`. Raises errors.NotFound.
     """
     select_project(conn, user_id, project_id)
     rows = conn.execute(
-        f"SELECT {_SESSION} FROM sessions s WHERE s.project_id = ? AND s.archived = ? ORDER BY s.id DESC",
-        (project_id, int(archived)),
+        f"SELECT {_SESSION} FROM sessions s WHERE s.project_id = ? AND s.archived = ? AND s.id < ? "
+        "ORDER BY s.id DESC LIMIT ?",
+        (project_id, int(archived), before, limit),
     )
     return [Session(*row) for row in rows]
 

@@ -154,15 +154,19 @@ class Service:
 
     def start(self) -> None:
         """Starts the process and waits until `/health` answers."""
-        command = [sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--no-access-log", "--timeout-graceful-shutdown", "1"]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, cwd=CHECKOUT, env=self._environment, stdout=log, stderr=log)
+        self.spawn()
         try:
             until(self._serves, 60, "the service's /health")
         except BaseException:
             self.kill()
             raise
+
+    def spawn(self) -> None:
+        """Starts the process, which does not serve yet when this returns."""
+        command = [sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--no-access-log", "--timeout-graceful-shutdown", "1"]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=CHECKOUT, env=self._environment, stdout=log, stderr=log)
 
     def _serves(self) -> bool:
         assert self._process is not None and self._process.poll() is None, tail(self.log)

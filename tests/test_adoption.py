@@ -561,4 +561,4 @@ def test_nothing_is_claimed_for_an_account_without_a_password(path: Path) -> Non
     with closing(database.connect(path, read_only=False)) as conn:
         with pytest.raises(errors.Invalid, match="no password"):
             sql.claim_projects(conn, 1, "late@example.com")
-        assert [project.name for project in sql.select_projects(conn, 1)] == ["jasd"]
+        assert [project.name for project in sql.select_projects(conn, 1, 10, sql.MAX_ID)] == ["jasd"]

@@ -28,7 +28,7 @@ from .stand_in import StandIn
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-EXPOSED = {"X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After"}
+EXPOSED = {"X-Request-ID", "X-Message-Id", "X-User-Message-Id", "Retry-After", "X-More"}
 ORIGIN = "https://somewhere.example"
 Serve = Callable[..., Served]
 
@@ -85,7 +85,7 @@ def test_health_tells_how_the_service_is(served: Served, carol: Person) -> None:
         "uptime_seconds": said["uptime_seconds"],
         "stale": False,
         "failed_start": None,
-        "database": {"ok": True, "sqlite": said["database"]["sqlite"]},
+        "database": {"ok": True, "detail": "", "oldest_write_seconds": 0.0, "sqlite": said["database"]["sqlite"]},
         "gateway": {
             "url": served.settings.clawdbot_base_url,
             "ok": True,

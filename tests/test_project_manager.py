@@ -705,3 +705,38 @@ def test_a_folder_that_became_a_link_is_not_followed(
     assert ada.http.delete(f"/projects/{project['id']}").status_code == 200
     assert "Bob's" in (other / "README.md").read_text()
     assert not folder.is_symlink()
+
+
+def test_lists_come_in_pages(ada: Person) -> None:
+    """Newest first, from `before` on, at most `limit`; `X-More` says that there are more; the pages are the whole."""
+    made = [ada.project(f"P{number}")["id"] for number in range(7)]
+    sessions = [ada.session({"id": made[0]})["id"] for _ in range(7)]
+    for path, ids in (("/projects", made), (f"/projects/{made[0]}/sessions", sessions)):
+        newest = sorted(ids, reverse=True)
+        whole = ada.http.get(path)
+        assert [item["id"] for item in whole.json()] == newest
+        assert "X-More" not in whole.headers
+        found: list[int] = []
+        more = True
+        while more:
+            page = ada.http.get(path, params={"limit": 3, **({"before": found[-1]} if found else {})})
+            found += [item["id"] for item in page.json()]
+            more = page.headers.get("X-More") == "true"
+            assert len(page.json()) <= 3
+        assert found == newest
+        exactly = ada.http.get(path, params={"limit": 7})
+        assert len(exactly.json()) == 7 and "X-More" not in exactly.headers
+        for wrong in ({"limit": 0}, {"limit": 1001}, {"before": 0}):
+            assert ada.http.get(path, params=wrong).status_code == 422
+
+
+def test_a_list_has_a_thousand_entries_at_most(ada: Person, served: Served) -> None:
+    """Without `limit` too; the answer says that there are more."""
+    project = ada.project()
+    with closing(sqlite3.connect(served.settings.db_path)) as conn:
+        rows = ((project["id"], f"00000000-0000-4000-8000-{number:012d}") for number in range(1005))
+        conn.executemany("INSERT INTO sessions (project_id, session_key, created_at) VALUES (?, ?, '2026')", rows)
+        conn.commit()
+    answer = ada.http.get(f"/projects/{project['id']}/sessions")
+    assert len(answer.json()) == 1000
+    assert answer.headers["X-More"] == "true"

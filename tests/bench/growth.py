@@ -82,8 +82,8 @@ def reading(job: Callable[..., object], *arguments: object) -> Callable[[Databas
 
 
 OPERATIONS: dict[str, Callable[[Database], Awaitable[float]]] = {
-    "list a user's 10 projects": reading(sql.select_projects, 1),
-    "list a project's 10 sessions": reading(sql.select_sessions, 1, 1, False),
+    "list a user's 10 projects": reading(sql.select_projects, 1, 100, sql.MAX_ID),
+    "list a project's 10 sessions": reading(sql.select_sessions, 1, 1, False, 100, sql.MAX_ID),
     "read the last 50 messages of a session": reading(sql.select_messages, 1, 3, 50, None),
     "begin a turn": begin_and_end,
     "store the text of a reply": store_text,

@@ -153,6 +153,11 @@ class Gateway:
         except httpx.TransportError:
             return False
 
+    def drain(self) -> None:
+        """Asks the gateway to end: it finishes what runs, and refuses everything new until then."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGTERM)
+
     def stop(self) -> None:
         """Stops the gateway and its child processes. Kills them after DRAIN seconds, since a gateway drains for
         minutes on SIGTERM."""

@@ -2,7 +2,8 @@
 
 A test writes `MARK-<word>` into each of its messages. The reply lists the words of every user message that the gateway
 sent to the model ("seen: one,two"), so the reply shows what the agent remembers. Directives after the newest mark
-control its reply: `SLOW-60` adds 60 words, one every 50 ms; `SILENT-3` sends nothing for 3 s.
+control its reply: `SLOW-60` adds 60 words, one every 50 ms; `SILENT-3` sends nothing for 3 s; `LENGTH-1` ends it as cut
+off by the model's output budget.
 """
 
 import asyncio
@@ -103,7 +104,7 @@ async def _reply(run: Run) -> AsyncIterator[str]:
             run.sent += word
             yield _event({"content": word})
             await asyncio.sleep(WORD_SECONDS)
-        yield _event({}, "stop")
+        yield _event({}, "length" if run.directive("LENGTH") else "stop")
         yield _event(None)
         yield "data: [DONE]\n\n"
         run.state = "finished"
