@@ -108,8 +108,7 @@ class Runs:
                     reply.first_after = time.monotonic() - asked
                     self._metrics.time_first_token(reply.first_after)
                 reply.append(text)
-        limited = reason if reason != "stop" else None
-        return Outcome("complete" if reply.length else "empty", usage, finish_reason=limited)
+        return Outcome("complete" if reply.length else "empty", usage, finish_reason=_limit(reason))
 
     async def recover(self, reply: LiveReply) -> Outcome:
         """Completes a dead worker's reply from the gateway's history, or else ends it as interrupted."""
@@ -126,7 +125,7 @@ class Runs:
                 run_id=turn.run_id,
                 known=known,
                 got=reply.text(),
-                since=reply.created_at,
+                since=turn.asked_at,
             )
         except errors.GatewayError as error:
             log.warning("could not recover reply %d, ending it as interrupted: %s", reply.id, error.message)
@@ -135,4 +134,11 @@ class Runs:
             return interrupted()
         reply.run_id = found.run_id
         reply.append(found.text[reply.length :])
-        return Outcome("complete", found.usage) if found.complete else interrupted()
+        if not found.complete:
+            return interrupted()
+        return Outcome("complete", found.usage, finish_reason=_limit(found.finish_reason))
+
+
+def _limit(reason: str | None) -> str | None:
+    """Returns the model's reason for ending a reply early; None if it ended it of its own accord."""
+    return None if reason == "stop" else reason

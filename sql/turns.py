@@ -20,7 +20,10 @@ WAITING_TURNS = 10  # queued turns that a session may have; docs/api.md document
 
 
 class Turn(NamedTuple):
-    """What a request to the gateway needs: the message, its session and project, and the gateway's run id if any."""
+    """What a request to the gateway needs: the message, its session and project, and the gateway's run id if any.
+
+    `asked_at` is the time when the turn began to run: its message was not sent before. None in a turn of version 1.
+    """
 
     reply_id: int
     message_id: int
@@ -34,6 +37,7 @@ class Turn(NamedTuple):
     text: str
     run_id: str | None
     stop_requested: bool
+    asked_at: str | None
 
 
 class NewTurn(NamedTuple):
@@ -107,9 +111,9 @@ def begin_turn(conn: Connection, turn: NewTurn) -> Begun:
     status: Status = "queued" if live else "streaming"
     reply_id = conn.execute(insert, (session_id, "assistant", "", status, at)).lastrowid or 0
     conn.execute(
-        "INSERT INTO turns (reply_id, message_id, session_id, idempotency_key, digest, owner) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
-        (reply_id, message_id, session_id, turn.idempotency_key, turn.digest, turn.owner),
+        "INSERT INTO turns (reply_id, message_id, session_id, idempotency_key, digest, owner, asked_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (reply_id, message_id, session_id, turn.idempotency_key, turn.digest, turn.owner, None if live else at),
     )
     return Begun(reply_id, message_id, session_id, status, at, existing=False)
 
@@ -150,7 +154,7 @@ def select_turn(conn: Connection, reply_id: int) -> Turn | None:
     """Returns what a request to the gateway for this reply needs, or None if the reply has no turn."""
     row = conn.execute(
         "SELECT t.reply_id, t.message_id, t.session_id, s.session_key, s.agent_id, p.user_id, p.name, "
-        "p.description, p.project_path, m.content, t.run_id, t.stop_requested = 1 FROM turns t "
+        "p.description, p.project_path, m.content, t.run_id, t.stop_requested = 1, t.asked_at FROM turns t "
         "JOIN messages m ON m.id = t.message_id JOIN sessions s ON s.id = t.session_id "
         "JOIN projects p ON p.id = s.project_id WHERE t.reply_id = ?",
         (reply_id,),
@@ -180,7 +184,7 @@ def claim_turns(conn: Connection, owner: str) -> list[int]:
     claimed = select_claimable(conn, owner)
     for reply_id in claimed:
         conn.execute("UPDATE messages SET status = 'streaming' WHERE id = ?", (reply_id,))
-        conn.execute("UPDATE turns SET owner = ? WHERE reply_id = ?", (owner, reply_id))
+        conn.execute("UPDATE turns SET owner = ?, asked_at = ? WHERE reply_id = ?", (owner, now(), reply_id))
     return claimed
 
 

@@ -23,6 +23,8 @@ def store_replies_in_pieces(conn: Connection, _: AdoptionContext) -> None:
         "ALTER TABLE messages ADD COLUMN finish_reason TEXT",
         # 1 if the owner took the running turn over from a dead worker, so that it recovers it instead of asking again.
         "ALTER TABLE turns ADD COLUMN inherited INTEGER NOT NULL DEFAULT 0",
+        # When the message was sent to the gateway at the earliest: older answers of its history are not the reply.
+        "ALTER TABLE turns ADD COLUMN asked_at TEXT",
         # Without these, refusing an image and revoking a token each read a whole table.
         "CREATE INDEX message_images_file ON message_images(file)",
         "CREATE INDEX revoked_tokens_expires ON revoked_tokens(expires_at)",

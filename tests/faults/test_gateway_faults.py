@@ -107,8 +107,8 @@ def test_a_reply_that_begins_like_no_reply_is_shown_and_stored(tmp_path: Path, o
     with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
         session = person.session()
         with person.listen(session, text) as (_, stream):
-            stream.read(to_first_text=True)
             until(lambda: person.messages(session)[1]["content"] == "No response", 10, "the text to be stored")
+            assert stream.read(to_first_text=True).text.startswith("No")
             service.kill()
         service.start()
         reply = until(lambda: person.reply(session, *FINAL), 15, "the reply to be final")

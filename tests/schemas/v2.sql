@@ -65,7 +65,7 @@ CREATE TABLE turns (reply_id INTEGER PRIMARY KEY REFERENCES messages(id) ON DELE
        message_id INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
        session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
        idempotency_key TEXT, digest TEXT NOT NULL, owner TEXT, run_id TEXT,
-       stop_requested INTEGER NOT NULL DEFAULT 0, inherited INTEGER NOT NULL DEFAULT 0);
+       stop_requested INTEGER NOT NULL DEFAULT 0, inherited INTEGER NOT NULL DEFAULT 0, asked_at TEXT);
 CREATE UNIQUE INDEX turns_key ON turns(session_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX turns_session ON turns(session_id);
 CREATE INDEX turns_message ON turns(message_id);
