@@ -199,7 +199,7 @@ class _Writer(threading.Thread):
         context = batch[0].context if len(batch) == 1 else Context()  # no ids of one request for several jobs
         failed = context.run(_unavailable, error)
         for job in batch:
-            job.error = job.error or failed
+            job.error = failed  # also of a job that raised, perhaps because of what another job had changed before it
 
     def _run_job(self, job: _Job) -> None:
         self._conn.execute("SAVEPOINT job")

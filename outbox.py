@@ -43,14 +43,14 @@ class Outbox:
         await self._tasks.wait(seconds)
         await self._tasks.cancel()
 
-    async def run_due_jobs(self) -> None:
-        """Claims the jobs that are due and unowned, and runs them, together with those that this worker owns already
-        and does not work on, because something failed after it had claimed them."""
+    async def claim_due_jobs(self) -> list[OutboxJob]:
+        """Claims the jobs that are due and unowned. Returns them, together with those that this worker owns already
+        and does not work on: something failed after it had claimed them, or another worker stored them for it."""
         owner, at = self._db.lease.name, time.time()
         if self._db.read(sql.has_due_outbox_jobs, at, RETRY_AT_MOST):
             await self._db.write(sql.claim_outbox_jobs, owner, at, RETRY_AT_MOST)
         owned = self._db.read(sql.select_outbox_jobs, owner)
-        await self.run([job for job in owned if job.target not in self._in_hand])
+        return [job for job in owned if job.target not in self._in_hand]
 
     @contextmanager
     def holding(self, target: str) -> Iterator[None]:
@@ -80,7 +80,7 @@ class Outbox:
                 await self._run_one(job)
 
     async def _run_one(self, job: OutboxJob) -> None:
-        """Runs a job. Whatever fails is logged, and leaves the job to the next `run_due_jobs`."""
+        """Runs a job. Whatever fails is logged, and leaves the job to the next `claim_due_jobs`."""
         with self.holding(job.target):
             try:
                 await self._attempt(job)

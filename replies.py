@@ -164,7 +164,9 @@ class Replies:
             for piece in await self._load_text(row):
                 reply.append(piece[max(reply.length - position, 0) :])
                 position += len(piece)
-            reply.end(row)
+            # A delete between the two reads leaves a text that is not complete.
+            deleted = self._db.read(sql.select_reply, reply.id) is None
+            reply.end(DELETED if deleted else row)
         else:
             reply.status = row.status
 

@@ -346,7 +346,11 @@ class Turns:
                 await self._db.write(sql.inherit, owner, self.owner)
         await self._claim()
         await self._start_owned()
-        await self._outbox.run_due_jobs()
+        jobs = await self._outbox.claim_due_jobs()
+        # Read after the jobs: a delete stores its jobs and removes its turns in one transaction.
+        owned = self._db.read(sql.select_running, self.owner)
+        await self._end_runs([reply_id for reply_id in self._running if reply_id not in owned])
+        await self._outbox.run(jobs)
 
     # --- stopping and deleting ---
 
@@ -365,7 +369,7 @@ class Turns:
             await asyncio.sleep(0.02)
         if left := list(filter(self._is_running, halted.running)):
             log.warning("replies %s did not stop within %g s, ending them without their worker", left, STOP_WITHIN)
-            await self._db.write(sql.stop_turns, self.owner, left)
+            await self._db.write(sql.stop_turns, left)
         return bool(halted.running or halted.dropped)
 
     def _is_running(self, reply_id: int) -> bool:
@@ -387,9 +391,13 @@ class Turns:
     async def _delete(self, statement: Callable[[Connection], sql.Deleted]) -> None:
         deleted = await self._db.write(statement)
         self._metrics.count_turns("stopped", deleted.dropped)
-        for reply_id in deleted.running:
-            self._cancel(reply_id, Outcome("stopped"))
-        ending = [self._running[reply_id].work for reply_id in deleted.running if reply_id in self._running]
-        if ending:  # a run that is still open could create the session in the gateway again after its deletion
-            await asyncio.wait(ending, timeout=STOP_WITHIN)
+        await self._end_runs(deleted.running)
         await self._outbox.run(deleted.jobs)
+
+    async def _end_runs(self, deleted: Sequence[int]) -> None:
+        """Ends the runs of deleted replies in this process before their sessions are deleted in the gateway: an open
+        run could create its session there again."""
+        for reply_id in deleted:
+            self._cancel(reply_id, Outcome("stopped"))
+        if ending := [self._running[reply_id].work for reply_id in deleted if reply_id in self._running]:
+            await asyncio.wait(ending, timeout=STOP_WITHIN)

@@ -77,7 +77,23 @@ def _prepare_sessions(conn: Connection, owner: str, condition: str, value: int) 
             conn, owner, f"SELECT '{kind}', {target}, ?, 1, ? FROM {_SESSIONS} WHERE {condition}", value
         )
     ]
+    _insert_jobs_for_others(conn, owner, condition, value)
     return Deleted(running, len(waiting), jobs)
+
+
+def _insert_jobs_for_others(conn: Connection, owner: str, condition: str, value: int) -> None:
+    """Has every other worker delete the sessions in the gateway again, once its own run in them has ended, or its heir
+    if it dies. A run that is still open, for example in a suspended process, could create the session there again.
+
+    The turn of such a run is `streaming`, or was ended by `stop_turns`, and still has its request to stop.
+    """
+    conn.execute(
+        "INSERT INTO outbox (kind, target, owner, attempts, due_at) "
+        "SELECT DISTINCT 'gateway_session', s.agent_id || ' ' || s.session_key, t.owner, 1, ? "
+        f"FROM {_SESSIONS} JOIN turns t ON t.session_id = s.id JOIN messages m ON m.id = t.reply_id "
+        f"WHERE {condition} AND t.owner <> ? AND (m.status = 'streaming' OR t.stop_requested = 1)",
+        (time.time(), value, owner),
+    )
 
 
 def _insert_jobs(conn: Connection, owner: str, query: str, value: int) -> list[OutboxJob]:

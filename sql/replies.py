@@ -105,9 +105,15 @@ def stored_text(conn: Connection, reply_id: int) -> str:
 
 
 def text_size(conn: Connection, reply_id: int) -> int:
-    """Returns the bytes of `content`, without reading it."""
-    with conn.blobopen("messages", "content", reply_id, readonly=True) as blob:
-        return len(blob)
+    """Returns the bytes of `content`, without reading it; 0 if the reply was deleted."""
+    conn.execute("BEGIN")  # so that it is not deleted in between
+    try:
+        if select_reply(conn, reply_id) is None:
+            return 0
+        with conn.blobopen("messages", "content", reply_id, readonly=True) as blob:
+            return len(blob)
+    finally:
+        conn.execute("ROLLBACK")
 
 
 def read_text(conn: Connection, reply_id: int) -> list[str]:

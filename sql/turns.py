@@ -199,11 +199,16 @@ def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> 
     If more text is stored than the ending has, that text is kept. Returns False, and leaves the reply unchanged, if
     `owner` no longer runs it.
     """
-    if (
-        conn.execute(f"SELECT 1 FROM messages WHERE {_RUNNING_HERE}", {"id": reply_id, "owner": owner}).fetchone()
-        is None
-    ):
-        return False
+    ours = {"id": reply_id, "owner": owner}
+    running = conn.execute(f"SELECT 1 FROM messages WHERE {_RUNNING_HERE}", ours).fetchone() is not None
+    if running:
+        _end(conn, reply_id, ending)
+    # From here on this worker has no open run, for which a delete would have to wait.
+    conn.execute("UPDATE turns SET stop_requested = 0 WHERE reply_id = :id AND owner = :owner", ours)
+    return running
+
+
+def _end(conn: Connection, reply_id: int, ending: Ending) -> None:
     stored = stored_text(conn, reply_id)
     # First, so that the UPDATE uses the pages that this frees: SQLite then writes each of them once.
     conn.execute("DELETE FROM reply_pieces WHERE reply_id = ?", (reply_id,))
@@ -219,18 +224,16 @@ def finish_turn(conn: Connection, reply_id: int, owner: str, ending: Ending) -> 
         ),
     )
     conn.execute("UPDATE turns SET run_id = coalesce(?, run_id) WHERE reply_id = ?", (ending.run_id, reply_id))
-    return True
 
 
-def stop_turns(conn: Connection, owner: str, reply_ids: Sequence[int]) -> None:
+def stop_turns(conn: Connection, reply_ids: Sequence[int]) -> None:
     """Ends those of the replies that still run as `stopped`, whoever owns them, with the text that is stored.
 
-    Their former owners find that they no longer run them.
+    Their owners find that they no longer run them.
     """
-    ending = Ending("stopped", "", None, None, None, None)
     for reply_id in reply_ids:
-        conn.execute("UPDATE turns SET owner = ? WHERE reply_id = ?", (owner, reply_id))
-        finish_turn(conn, reply_id, owner, ending)
+        if conn.execute("SELECT 1 FROM messages WHERE id = ? AND status = 'streaming'", (reply_id,)).fetchone():
+            _end(conn, reply_id, Ending("stopped", "", None, None, None, None))
 
 
 class Halted(NamedTuple):

@@ -173,7 +173,7 @@ class FaultMachine(RuleBasedStateMachine):
             self.ledger.readings.append(reading)
             self._start(reading, patience, f"resume reply {reply_id} from {after} via {via}")
 
-    @rule(which=which, via=via, what=st.sampled_from(["stop", "session", "project"]), patience=patience)
+    @rule(which=which, via=via, what=st.sampled_from(["stop", "session", "stop", "project"]), patience=patience)
     def end(self, which: int, via: int, what: str, patience: float) -> None:
         """Stops a session, or deletes it or its project. A stop ends the replies that had begun before it."""
         conversation, ledger = self.conversation(which), self.ledger
