@@ -231,7 +231,7 @@ def _is_sqlite_failure(error: Exception) -> bool:
 
 
 def _unavailable(error: Exception) -> errors.Unavailable:
-    log.error("database operation failed: %s", error, exc_info=error if error.__traceback__ else None)
+    log.error("database operation failed", exc_info=error)
     failed = errors.Unavailable(
         "The database is unavailable. Try again. If this error persists, the operator should check the service's "
         "log and the disk.",
