@@ -67,7 +67,7 @@ class Passwords:
         self._pending = 0
 
     def open(self) -> None:
-        """Starts the thread and creates the dummy hash that is verified when there is no account."""
+        """Starts the thread and creates the dummy hash that is verified if the account does not exist."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="passwords")
         self._dummy = self._context.hash(secrets.token_hex(16))
 

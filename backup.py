@@ -325,7 +325,7 @@ def _copy_file(source: Path, target: Path) -> str:
 
 
 def _read_list(source: Path) -> dict[str, Any] | None:
-    """Reads the `.files.json` of a backup: bytes by image, number of files by project id. None if there is no list.
+    """Reads the `.files.json` of a backup: bytes by image, number of files by project id. None if the list is missing.
 
     Leaves out images and folders that were missing at the time of the backup. Raises CommandError.
     """

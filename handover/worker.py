@@ -55,7 +55,7 @@ Send = Callable[[Any], Any]
 
 
 class Worker:
-    """Serves the app on a listening socket until it is told to retire or to stop."""
+    """Serves the app on a listening socket until it gets the order to retire or to stop."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener

@@ -1,5 +1,6 @@
 """The service as tests start it, and a user who calls its routes over HTTP."""
 
+import asyncio
 import json
 import os
 import random
@@ -11,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -23,6 +24,7 @@ import uvicorn
 
 import telemetry
 from app import create_app
+from database import Database
 from settings import Settings
 
 T = TypeVar("T")
@@ -66,6 +68,20 @@ def until(look: Callable[[], T | None], seconds: float, what: str) -> T:
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s for {what}, in vain")
         time.sleep(0.02)
+
+
+def using(path: Path, work: Callable[[Database], Awaitable[object]]) -> object:
+    """Runs `work(db)`, a coroutine function, with the database open, and returns its result."""
+
+    async def run() -> object:
+        db = Database(path)
+        db.open()
+        try:
+            return await work(db)
+        finally:
+            db.close()
+
+    return asyncio.run(run())
 
 
 def tail(log: Path, characters: int = 4000) -> str:
@@ -335,6 +351,11 @@ class Person:
         response = self.http.post("/chat", json=_message(session, text, image), headers=_key(key))
         body = response.json()
         return Answer(response.status_code, response.text, body.get("content", ""), body.get("code"), response.headers)
+
+    def lose(self, session: JSON, text: str) -> None:
+        """Sends a message whose answer may be cut off, because the service is killed in the meantime."""
+        with suppress(httpx.TransportError):
+            self.say(session, text)
 
     def _say_streamed(self, session: JSON, text: str, image: str | None, key: str | None) -> Answer:
         with self.listen(session, text, image=image, key=key) as (response, stream):

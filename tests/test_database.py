@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from sqlite3 import Connection
@@ -23,27 +23,13 @@ import sql
 from database import Database
 from locks import Lease
 
-from .service import CHECKOUT
+from .service import CHECKOUT, using
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """The path of a database that does not exist yet."""
     return tmp_path / "some.db"
-
-
-def using(path: Path, work: Callable[[Database], Awaitable[object]]) -> object:
-    """Returns the result of `work(db)`, a coroutine function, run with the database open."""
-
-    async def run() -> object:
-        db = Database(path)
-        db.open()
-        try:
-            return await work(db)
-        finally:
-            db.close()
-
-    return asyncio.run(run())
 
 
 @pytest.fixture

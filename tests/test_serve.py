@@ -443,7 +443,7 @@ def test_a_front_retries_until_a_worker_starts(front: Start, checkout: Checkout)
 
 @pytest.mark.slow
 def test_a_full_log_pipe_does_not_block_the_worker(front: Start, checkout: Checkout) -> None:
-    """While there is no front, a worker's log lines stay in the pipe. When the pipe is full, the worker drops lines and
+    """While no front runs, a worker's log lines stay in the pipe. When the pipe is full, the worker drops lines and
     continues to serve."""
     checkout.edit("handover/front.py", "PIPE_SIZE = 1024 * 1024", "PIPE_SIZE = 4096")
     process = front()

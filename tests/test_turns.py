@@ -460,13 +460,6 @@ def test_a_turn_past_the_drain_is_interrupted_with_its_text(tmp_path: Path, open
     assert reply["content"] != "" and reply_text(SLOW).startswith(reply["content"])
 
 
-def _say_and_lose(person: Person, session: JSON, text: str) -> None:
-    try:
-        person.say(session, text)
-    except httpx.TransportError:
-        return
-
-
 def test_a_reply_that_the_gateway_finished_is_recovered(tmp_path: Path, openclaw: StandIn) -> None:
     """A reply whose end was not stored before a crash is completed from the gateway's history."""
     text = "[[chunks=40 size=5 delay=0.02]]"
@@ -484,25 +477,6 @@ def test_a_reply_that_the_gateway_finished_is_recovered(tmp_path: Path, openclaw
     assert reply["usage"] == {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 
 
-def test_the_history_of_another_message_is_not_taken(tmp_path: Path, openclaw: StandIn) -> None:
-    """If a text is sent again and does not reach the agent, the reply to the first message is not used for it."""
-    with Service(tmp_path, openclaw.url, openclaw.token) as service, service.person() as person:
-        session = person.session()
-        person.say(session, "continue")
-        port = openclaw.port
-        openclaw.stop()
-        hole = IdleProxy(1, idle=30, port=port)  # accepts connections and never answers
-        with hole, ThreadPoolExecutor(1) as pool:
-            lost = pool.submit(_say_and_lose, person, session, "continue")
-            until(lambda: len(person.messages(session)) == 4, 5, "the message to be stored")
-            service.kill()
-            lost.result()
-        openclaw.start()
-        service.start()
-        reply = until(lambda: person.reply(session, *FINAL), 15, "the reply to be final")
-    assert (reply["status"], reply["content"]) == ("interrupted", "")
-
-
 @pytest.mark.slow
 def test_the_other_process_ends_what_a_dead_one_left(pair: tuple[Service, Service]) -> None:
     """After kill -9 the other process ends the turn as interrupted and runs the queued one. As long as the first
@@ -512,7 +486,7 @@ def test_the_other_process_ends_what_a_dead_one_left(pair: tuple[Service, Servic
         session, other = person.session(), person.session()
         with person.listen(session, SLOW) as (_, stream), elsewhere.listen(other, SLOW) as (_, alive):
             stream.read(to_first_text=True)
-            lost = pool.submit(_say_and_lose, person, session, "waiting")
+            lost = pool.submit(person.lose, session, "waiting")
             until(lambda: len(elsewhere.messages(session)) == 4, 5, "the second message to wait")
             one.freeze()
             time.sleep(5)  # longer than REAP_EVERY

@@ -135,7 +135,7 @@ class Ledger:
         return all(row.status not in UNSETTLED for row in self.rows())
 
     def check_ends(self, seconds: float) -> None:
-        """Every request gets an answer within `seconds`, and every reader who was told the end has what is stored."""
+        """Every request gets an answer within `seconds`, and every reader who got the end has what is stored."""
         rows = {row.id: row for row in self.rows()}
         asked = {row.reply_id: row.text for row in rows.values()}
         for call in (*self.readings, *self.orders):
@@ -147,7 +147,7 @@ class Ledger:
                 stored = row.text[reading.after :]
                 assert reading.text == stored, f"a reader at {reading.after} got {reading.text!r}: {row}"
                 finish = Plan.of(asked[row.id]).finish if row.status == "complete" else FINISH[row.status]
-                assert reading.finish == finish, f"a reader was told {reading.finish!r}: {row}"
+                assert reading.finish == finish, f"a reader got {reading.finish!r}: {row}"
 
     def leftovers(self) -> list[str]:
         """What is left of the deleted conversations, in any table, on disk or in the gateway."""

@@ -68,11 +68,11 @@ class Worlds:
             self._world = World(self._directory / f"world-{self._made}")
         return self._world
 
-    def keep(self, story: list[str]) -> None:
-        """Appends the story of an example to a file, for whoever looks at what the machine does."""
+    def keep(self, steps: list[str]) -> None:
+        """Appends the steps of an example to a file, to show what the test does."""
         with (self._directory / "stories.txt").open("a") as file:
             slowest = f"so far: settled in {self.slowest:.1f} s, wiped in {self.wiped:.1f} s"
-            file.write("\n".join((f"--- example {self.examples}, {slowest}", *story, "")))
+            file.write("\n".join((f"--- example {self.examples}, {slowest}", *steps, "")))
 
     def close(self) -> None:
         """Ends the processes."""
@@ -99,22 +99,23 @@ class FaultMachine(RuleBasedStateMachine):
         self.ledger = Ledger(self.world)
         self.number = 0
         self.began = time.monotonic()
-        self.story: list[str] = []
+        self.steps: list[str] = []
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Around each check: a failure costs the world, and is told with its story and the logs."""
+        """Runs a check. If it fails, the message of the failure gets the steps and the logs, and the next
+        example gets another world."""
         try:
             yield
         except BaseException:
             self.world.spoiled = True
-            note("\n".join(self.story))
+            note("\n".join(self.steps))
             note(self.world.logs())
             raise
 
-    def tell(self, what: str) -> None:
-        """Adds a line to the story of this example."""
-        self.story.append(f"{time.monotonic() - self.began:7.3f} {what}")
+    def record(self, what: str) -> None:
+        """Adds a line to the steps of this example."""
+        self.steps.append(f"{time.monotonic() - self.began:7.3f} {what}")
 
     def conversation(self, number: int) -> Conversation:
         """The newest conversation for 0, the one before it for 1, and so on, round and round."""
@@ -147,7 +148,7 @@ class FaultMachine(RuleBasedStateMachine):
             ledger.projects += alive
         made = self.world.create(via, f"/projects/{alive[-1]}/sessions")
         ledger.conversations.append(Conversation(made["id"], made["session_key"], alive[-1]))
-        self.tell(f"session {made['id']} in project {alive[-1]}")
+        self.record(f"session {made['id']} in project {alive[-1]}")
 
     @rule(
         which=which, via=via, how=st.sampled_from(["once", "with a key", "at both"]), plan=st.sampled_from(PLANS),
@@ -212,7 +213,7 @@ class FaultMachine(RuleBasedStateMachine):
 
     def _start(self, call: Call, patience: float, what: str) -> None:
         call.start(patience)
-        self.tell(f"{what}: {call.outcome} {call.status or ''} {call.code or ''}")
+        self.record(f"{what}: {call.outcome} {call.status or ''} {call.code or ''}")
 
     def _order(self, order: Order, patience: float, via: int) -> None:
         self.ledger.orders.append(order)
@@ -225,10 +226,10 @@ class FaultMachine(RuleBasedStateMachine):
         """Kills a process, with another one started in its place at once or later; or suspends it, or continues it."""
         process = self.world.processes[via]
         if what == "freeze" and process.running:
-            self.tell(f"{'SIGCONT' if process.frozen else 'SIGSTOP'} {via}")
+            self.record(f"{'SIGCONT' if process.frozen else 'SIGSTOP'} {via}")
             (process.thaw if process.frozen else process.freeze)()
         elif what in ("kill", "crash"):
-            self.tell(f"kill {via}")
+            self.record(f"kill {via}")
             process.kill()
         if what in ("crash", "start") and not process.running:
             self._restart(via)
@@ -241,7 +242,7 @@ class FaultMachine(RuleBasedStateMachine):
         deadline = time.monotonic() + 3
         while process.running and not process.serves() and time.monotonic() < deadline:
             time.sleep(0.05)
-        self.tell(f"start {via}: {'serves' if process.ready else 'does not serve yet'}")
+        self.record(f"start {via}: {'serves' if process.ready else 'does not serve yet'}")
 
     @rule(
         what=st.sampled_from(["disk", "file", "transaction"]), seconds=st.sampled_from([0.1, 0.5, None, 1.0, 7.0])
@@ -252,7 +253,7 @@ class FaultMachine(RuleBasedStateMachine):
         The longest time is longer than the deadlines of the service.
         """
         world = self.world
-        self.tell(f"{what} {'until the end' if seconds is None else seconds}")
+        self.record(f"{what} {'until the end' if seconds is None else seconds}")
         if what == "disk":
             world.disk.fill(world.processes)
         else:
@@ -262,7 +263,7 @@ class FaultMachine(RuleBasedStateMachine):
             time.sleep(seconds)
             world.unlock()
             world.disk.free(world.processes)
-            self.tell("over")
+            self.record("over")
 
     @rule(what=st.sampled_from(["end", "archive", "drain", "mute"]), which=which)
     def gateway(self, what: str, which: int) -> None:
@@ -278,13 +279,13 @@ class FaultMachine(RuleBasedStateMachine):
         else:
             key = self.conversation(which).key
             gateway.archived |= {known for known in list(gateway.sessions) if key in known}
-        self.tell(f"gateway: {what}; up {self.world.gateway_up}, draining {gateway.draining}")
+        self.record(f"gateway: {what}; up {self.world.gateway_up}, draining {gateway.draining}")
 
     @rule(seconds=st.sampled_from([0.1, 1.0]), step=st.sampled_from([None, 3600, -3600, 30, -30, 86_400]))
     def wait(self, seconds: float, step: int | None) -> None:
         """Lets time pass. The wall clock of both processes may step in addition."""
         if step is not None:
-            self.tell(f"clock {step:+}")
+            self.record(f"clock {step:+}")
             self.world.set_clock(step)
         time.sleep(seconds)
 
@@ -306,21 +307,21 @@ class FaultMachine(RuleBasedStateMachine):
                     self._clean_up()
         finally:
             self.ledger.close()
-            self.worlds.keep(self.story)
+            self.worlds.keep(self.steps)
 
     def _settle(self) -> None:
         self.world.heal()
-        self.tell("healed")
+        self.record("healed")
         healed = time.monotonic()
         plans = [Plan.of(message.text) for message in self.ledger.messages]
         lasts = sum(plan.first + plan.delay * plan.chunks + SILENCE * (plan.end == "hang") for plan in plans)
         until(self.ledger.all_final, SLACK * (SETTLES + lasts), "every turn to be final")
         self.worlds.slowest = max(self.worlds.slowest, time.monotonic() - healed)
-        self.tell("final")
+        self.record("final")
         for reading in self.ledger.readings:
-            self.tell(f"reply {reading.reply_id}: {reading.outcome} {reading.status} {reading.code or ''}")
+            self.record(f"reply {reading.reply_id}: {reading.outcome} {reading.status} {reading.code or ''}")
         for order in self.ledger.orders:
-            self.tell(f"{order.path}: {order.outcome} {order.status}")
+            self.record(f"{order.path}: {order.outcome} {order.status}")
         self.ledger.check_ends(SLACK * 10)
         self.ledger.check()
         for via, conversation in enumerate(self.ledger.conversations[-4:]):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from sqlite3 import Connection
@@ -26,7 +26,7 @@ import locks
 import sql
 from database import Database
 from locks import FileLock, Lease, LockHeldError
-from tests.service import CHECKOUT, Person, Served, Service, until
+from tests.service import CHECKOUT, Person, Served, Service, until, using
 from tests.stand_in import StandIn
 
 Serve = Callable[..., Served]
@@ -106,20 +106,6 @@ def holder(kind: str, path: Path) -> Iterator[int]:
     with running(HOLDERS[kind], path) as process:
         suspend(process.pid)
         yield process.pid
-
-
-def using(path: Path, work: Callable[[Database], Awaitable[object]]) -> object:
-    """Runs `work(db)`, a coroutine function, with the database open, and returns its result."""
-
-    async def run() -> object:
-        db = Database(path)
-        db.open()
-        try:
-            return await work(db)
-        finally:
-            db.close()
-
-    return asyncio.run(run())
 
 
 def healthy(person: Person) -> bool:

@@ -80,9 +80,9 @@ def test_an_error_that_follows_from_what_was_rolled_back_reaches_nobody(tmp_path
     assert [type(result) for result in asyncio.run(story())] == [errors.Unavailable, errors.Unavailable]
 
 
-def test_a_reader_of_a_deleted_reply_is_not_told_another_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_of_a_deleted_reply_gets_the_status_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reply ends and its session is deleted while another process follows it, between the read of its row and the
-    read of its text: its readers are told `stopped`, not that a reply without text has failed."""
+    read of its text: its readers get the status `stopped`, not `failed`."""
     ending = sql.Ending("failed", "some text", None, None, None, None)
 
     async def story() -> LiveReply:

@@ -14,7 +14,7 @@ EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "200"))  # of all parts together
 STEPS = int(os.environ.get("FAULT_STEPS", "8"))  # the most steps of an example
 # From the eleventh example of a run on, hypothesis mostly repeats parts of earlier ones, here the cheapest faults.
 RUN = 10
-# An example lasts seconds, so shrinking one takes an hour. Its story in the failure says what happened.
+# An example lasts seconds, so shrinking one takes an hour. Its steps in the failure say what happened.
 PHASES = (Phase.generate, *([Phase.shrink] if os.environ.get("FAULT_SHRINK") else []))
 
 

@@ -131,7 +131,7 @@ def foreign() -> Iterator[bytes]:
 
 @pytest.mark.parametrize("data", list(foreign()))
 def test_a_stream_without_any_chunk_is_another_programs(data: bytes) -> None:
-    """Lines without meaning are ignored one by one, but a stream of nothing else is no completion."""
+    """Lines without meaning are ignored one by one, but a stream of nothing else is an error."""
     reader = CompletionReader()
     assert reader.feed(data) == ""
     with pytest.raises(errors.GatewayError) as caught:
@@ -189,7 +189,7 @@ def test_text_that_begins_like_no_reply_is_not_lost(pieces: list[str]) -> None:
     ],
 )
 def test_the_reason_of_the_end_is_kept(reasons: list[object], finish: str | None) -> None:
-    """A reply that the model's budget cut off was told as whole. The last reason counts."""
+    """A reply that the model's budget cut off was reported as complete. The last reason counts."""
     ends = [b'data: {"choices":[{"finish_reason":' + json.dumps(reason).encode() + b"}]}\n\n" for reason in reasons]
     text, reader = read(event("a") + b"".join(ends) + DONE)
     assert (text, reader.finish_reason, reader.chunk("x").finish_reason) == ("a", finish, finish)
@@ -207,7 +207,7 @@ def test_a_run_id_that_cannot_be_stored_is_ignored(odd: object) -> None:
 
 @pytest.mark.parametrize("usage", [{}, {"prompt_tokens": True}, {"prompt_tokens": "1"}, [1], "1", None])
 def test_usage_that_is_none_does_not_replace_usage(usage: object) -> None:
-    """Counts that are missing or not integers are no usage, and don't remove what an earlier event said."""
+    """Counts that are missing or not integers are ignored, and don't remove what an earlier event said."""
     rest = {"completion_tokens": 2, "total_tokens": 3}
     odd = {**rest, **usage} if isinstance(usage, dict) else usage
     assert read(event("a", usage=odd) + DONE)[1].usage is None

@@ -33,7 +33,7 @@ def test_an_internal_error_of_a_live_conversation_is_a_failure(ada: Person, open
     assert len(openclaw.requests) == 1
 
 
-def test_an_archived_conversation_is_told_where_the_gateway_cannot_be_asked(
+def test_an_archived_conversation_fails_if_the_websocket_refuses(
     ada: Person, openclaw: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If its WebSocket refuses, the failure of the message itself is what the client sees."""
