@@ -25,6 +25,7 @@ import uvicorn
 import telemetry
 from app import create_app
 from database import Database
+from locks import holders
 from settings import Settings
 
 T = TypeVar("T")
@@ -138,6 +139,7 @@ class Service:
         self.directory = directory
         self.log = directory / f"service-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock_files = [directory / f"service.db{suffix}" for suffix in ("", ".lock", "-shm")]
         # All settings that matter are set here, so that a developer's `.env` in the checkout does not change a test.
         self._environment = {
             "PATH": os.environ["PATH"],
@@ -201,10 +203,22 @@ class Service:
                 self.kill()
             self._process = None
 
-    def freeze(self) -> None:
-        """Suspends the process (SIGSTOP): it neither reads nor writes until `thaw` or `kill`."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+    def freeze(self, *, locked: bool = False) -> None:
+        """Suspends the process (SIGSTOP): it neither reads nor writes until `thaw` or `kill`.
+
+        It then holds no lock of the database, with which other processes could not write, unless `locked` allows it.
+        """
+        self._suspend()
+        while not locked and f"process {self.pid} " in holders(*self._lock_files):
+            self.thaw()
+            time.sleep(0.01)
+            self._suspend()
+
+    def _suspend(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        # The signal takes effect a moment after the call.
+        status = Path(f"/proc/{self.pid}/status")
+        until(lambda: "State:\tT" in status.read_text(), 5, "the process to be suspended")
 
     def thaw(self) -> None:
         """Continues the suspended process (SIGCONT)."""

@@ -4,11 +4,11 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
 
+import httpx
 import pytest
 
 import errors
@@ -38,8 +38,7 @@ def test_a_run_that_ends_after_the_delete_leaves_nothing(
     one, two = pair
     with one.person() as ada, ada.at(two.url) as elsewhere:
         session = ada.session()
-        # httpx reports a cut connection when the process is killed.
-        with suppress(Exception), ada.listen(session, "[[chunks=50 delay=0.1]]") as (_, stream):
+        with ada.listen(session, "[[chunks=50 delay=0.1]]") as (_, stream):
             stream.read(to_first_text=True)
             one.freeze()
             if stopped:
@@ -48,7 +47,13 @@ def test_a_run_that_ends_after_the_delete_leaves_nothing(
             until(lambda: openclaw.deleted, 10, "the first delete in the gateway")
             until(lambda: openclaw.completed, 30, "the gateway to finish the run")
             assert openclaw.sessions
-            (one.thaw if then == "thaw" else one.kill)()
+            if then == "thaw":
+                one.thaw()
+                stream.read()
+            else:
+                one.kill()
+                with pytest.raises(httpx.TransportError):
+                    stream.read()
         until(lambda: not openclaw.sessions, 45, "the session to be deleted again")
 
 

@@ -55,8 +55,8 @@ class Process(Service):
         self.ready = True
         return True
 
-    def freeze(self) -> None:
-        super().freeze()
+    def freeze(self, *, locked: bool = True) -> None:
+        super().freeze(locked=locked)
         self.frozen = True
 
     def thaw(self) -> None:
